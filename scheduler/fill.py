@@ -1,0 +1,145 @@
+"""Spends the token budget on running sequences: decodes first, then prompt chunks."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kv.types import DUMMY_PAGE
+from scheduler.preempt import make_room
+from scheduler.state import SchedulerState, Sequence
+from scheduler.types import Preempted, Rows
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Batch:
+    """A batch in the making, local to one step.
+
+    Attributes:
+        budget: tokens that may still be spent.
+        slots, lens: the rows so far: int32 arrays, concatenated at the end.
+        preempted: sequences that lost their pages to others in this step.
+    """
+
+    budget: int
+    slots: list[np.ndarray] = field(default_factory=list)
+    lens: list[np.ndarray] = field(default_factory=list)
+    preempted: list[Preempted] = field(default_factory=list)
+
+    def add(self, slots: np.ndarray, lens: np.ndarray) -> None:
+        """Adds rows and spends their tokens."""
+        self.slots.append(slots)
+        self.lens.append(lens)
+        self.budget -= int(lens.sum())
+
+
+def fill_running(state: SchedulerState, batch: Batch) -> None:
+    """Gives every running sequence its next token or prompt chunk while the budget lasts."""
+    columns = state.columns
+    slots = np.fromiter((sequence.slot for sequence in state.running), np.int32, len(state.running))
+    left = columns.num_tokens[slots] - columns.num_computed[slots]
+    decodes = slots[left == 1][: batch.budget]
+    epochs = columns.epochs[decodes]
+    _grow_all(state, batch, decodes, columns.num_computed[decodes] + 1)
+    decodes = decodes[columns.epochs[decodes] == epochs]
+    batch.add(decodes, np.ones(len(decodes), np.int32))
+    for sequence in [state.by_slot[slot] for slot in slots[left > 1]]:
+        if batch.budget <= 0:
+            break
+        if sequence is not None and sequence.slot is not None:
+            _fill_chunk(state, batch, sequence, sequence.slot)
+    _drop_preempted(state, batch)
+
+
+def _fill_chunk(state: SchedulerState, batch: Batch, sequence: Sequence, slot: int) -> None:
+    columns = state.columns
+    computed = int(columns.num_computed[slot])
+    chunk = min(int(columns.num_tokens[slot]) - computed, batch.budget)
+    epoch = columns.epochs[slot]
+    _grow_all(state, batch, np.array([slot], np.int32), np.array([computed + chunk]))
+    if columns.epochs[slot] == epoch:
+        batch.add(np.array([slot], np.int32), np.array([chunk], np.int32))
+
+
+def _drop_preempted(state: SchedulerState, batch: Batch) -> None:
+    """Rows whose sequence was preempted after they had been added."""
+    if not batch.preempted:
+        return
+    lost = {entry.slot for entry in batch.preempted}
+    for place, slots in enumerate(batch.slots):
+        keep = np.array([slot not in lost for slot in slots], bool)
+        batch.slots[place], batch.lens[place] = slots[keep], batch.lens[place][keep]
+
+
+def _grow_all(state: SchedulerState, batch: Batch, slots: np.ndarray, lengths: np.ndarray) -> None:
+    """Gives the slots pages for `lengths` tokens each. Most decodes have room and cost nothing here."""
+    columns, size = state.columns, state.config.page_size
+    leave_window(state, slots)
+    missing = -(-lengths // size) - columns.num_pages[slots]
+    for place in np.nonzero(missing > 0)[0]:
+        sequence = state.by_slot[slots[place]]
+        if sequence is None or sequence.slot is None:
+            continue
+        count = int(missing[place])
+        batch.preempted += make_room(state, sequence, count * len(columns.page_tables))
+        if sequence.slot is not None:
+            take_pages(state, sequence.slot, count)
+
+
+def take_pages(state: SchedulerState, slot: int, count: int) -> None:
+    """Appends `count` fresh pages to each of the slot's page tables. The caller has made room."""
+    columns = state.columns
+    used = int(columns.num_pages[slot])
+    for table in columns.page_tables:
+        taken, evicted = state.pages.take(count)
+        for page in evicted:
+            state.prefix.evict(page)
+        table[slot, used : used + count] = taken
+    columns.num_pages[slot] = used + count
+
+
+def leave_window(state: SchedulerState, slots: np.ndarray) -> None:
+    """Releases pages that no coming query can see through its group's sliding window."""
+    columns, size = state.columns, state.config.page_size
+    for window, table, first in zip(
+        state.config.windows, columns.page_tables, columns.first_page, strict=True
+    ):
+        if window is None:
+            continue
+        seen = np.maximum(columns.num_computed[slots] - window + 1, 0) // size
+        for slot, entry in zip(slots[seen > first[slots]], seen[seen > first[slots]], strict=True):
+            for left in range(int(first[slot]), int(entry)):
+                state.pages.release(int(table[slot, left]))
+                table[slot, left] = DUMMY_PAGE
+            first[slot] = entry
+
+
+def pack_rows(state: SchedulerState, batch: Batch) -> tuple[Rows, int, int]:
+    """Copies what the device needs out of the columns, decodes first.
+
+    Returns:
+        The rows; how many of their tokens are of prompts and computed for the first time; how many had been
+        computed before a preemption.
+    """
+    columns = state.columns
+    slots = np.concatenate(batch.slots) if batch.slots else np.zeros(0, np.int32)
+    lens = np.concatenate(batch.lens) if batch.lens else np.zeros(0, np.int32)
+    order = np.argsort(lens > 1, kind="stable")
+    slots, lens = slots[order], lens[order]
+    starts = columns.num_computed[slots]
+    known = columns.num_tokens[slots]
+    used = int(columns.num_pages[slots].max(initial=0))
+    decodes = int((lens == 1).sum())
+    tokens = [columns.tokens[slots[:decodes], starts[:decodes]]]
+    for slot, start, count in zip(slots[decodes:], starts[decodes:], lens[decodes:], strict=True):
+        tokens.append(columns.tokens[slot, start : start + count])
+    rows = Rows(
+        slots=slots,
+        starts=starts,
+        lens=lens,
+        samples=starts + lens == known,
+        num_outputs=known - columns.num_prompt[slots],
+        tokens=np.concatenate(tokens),
+        page_tables=tuple(table[slots, :used] for table in columns.page_tables),
+    )
+    again = np.clip(columns.high_water[slots] - starts, 0, lens)
+    return rows, int((lens - again)[rows.num_outputs == 0].sum()), int(again.sum())

@@ -1,0 +1,222 @@
+"""The scheduler's state: one linear value that `step` consumes and updates in place."""
+
+import copy
+import enum
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kv.pages import Pages
+from kv.prefix import PrefixCache
+from kv.types import DUMMY_PAGE
+from scheduler.types import Request, Rows, SchedulerConfig
+
+NO_TOKEN = -1
+"""Fills the unused places of the stop-token table; no token has this id."""
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """One growing token list.
+
+    Attributes:
+        order: (priority, arrival, index); smaller runs first and is preempted last.
+        names: chain hashes of its whole pages, as far as known; the root's name at the front.
+        tokens: int32, all known tokens while it waits; while it runs they are in the state's columns.
+        settled: positions whose KV has at some time become usable here; grows only.
+        hit: of these, the prompt positions first made usable by the prefix cache.
+        high_water: tokens that had been computed when it was last preempted.
+        prefilled: its first token was accepted.
+    """
+
+    request: Request
+    index: int
+    order: tuple[int, int, int]
+    names: list[bytes]
+    tokens: np.ndarray
+    status: Status = Status.WAITING
+    slot: int | None = None
+    settled: int = 0
+    hit: int = 0
+    high_water: int = 0
+    preemptions: int = 0
+    prefilled: bool = False
+
+
+class Columns:
+    """Per-slot numbers, one NumPy column each, so that a step over 256 sequences is a few array operations.
+
+    Attributes:
+        tokens: int32 `[N, max_model_len]`.
+        num_tokens: int32 `[N]`, known tokens.
+        num_prompt: int32 `[N]`.
+        num_computed: int32 `[N]`, tokens whose KV is in the pool.
+        high_water: int32 `[N]`, tokens computed before the last preemption.
+        max_tokens: int32 `[N]`, known tokens at which the sequence ends.
+        min_tokens: int32 `[N]`, known tokens before which stop tokens do not end it.
+        stops: int32 `[N, W]`, token ids that end it, filled with NO_TOKEN.
+        num_pages: int32 `[N]`, entries of the page tables in use.
+        named_pages: int32 `[N]`, leading pages that have been offered to the prefix cache.
+        first_page: per group int32 `[N]`, entries before it were left behind by the sliding window.
+        page_tables: per group int32 `[N, M]`.
+        epochs: int64 `[N]`, grows when the slot changes hands, so that a late outcome is recognised.
+    """
+
+    __slots__ = (
+        "epochs", "first_page", "high_water", "max_tokens", "min_tokens", "named_pages", "num_computed",
+        "num_pages", "num_prompt", "num_tokens", "page_tables", "stops", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        slots, pages = config.max_num_seqs, -(-config.max_model_len // config.page_size)
+        for name in (
+            "num_tokens", "num_prompt", "num_computed", "high_water", "max_tokens", "min_tokens",
+            "num_pages", "named_pages",
+        ):  # fmt: skip
+            setattr(self, name, np.zeros(slots, np.int32))
+        self.tokens = np.zeros((slots, config.max_model_len), np.int32)
+        self.stops = np.full((slots, 1), NO_TOKEN, np.int32)
+        self.first_page = tuple(np.zeros(slots, np.int32) for _ in config.windows)
+        self.page_tables = tuple(np.full((slots, pages), DUMMY_PAGE, np.int32) for _ in config.windows)
+        self.epochs = np.zeros(slots, np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InFlight:
+    """The rows of the last plan, whose outcome is awaited.
+
+    Attributes:
+        epochs: int64 `[R]`, of the rows' slots when the plan was made.
+    """
+
+    step_id: int
+    rows: Rows
+    epochs: np.ndarray
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SchedulerState:
+    """Everything that the step knows."""
+
+    config: SchedulerConfig
+    pages: Pages
+    prefix: PrefixCache
+    columns: Columns
+    step_id: int = 0
+    arrivals: int = 0
+    sequences: dict[tuple[str, int], Sequence] = field(default_factory=dict)
+    waiting: list[tuple[tuple[int, int, int], Sequence]] = field(default_factory=list)
+    running: list[Sequence] = field(default_factory=list)
+    by_slot: list[Sequence | None] = field(default_factory=list)
+    free_slots: list[int] = field(default_factory=list)
+    in_flight: InFlight | None = None
+
+
+def initial_state(config: SchedulerConfig) -> SchedulerState:
+    """An empty scheduler.
+
+    Raises:
+        ValueError: a bound in the configuration makes no sense; the message names it.
+    """
+    if config.max_num_seqs < 1 or config.max_model_len < 1:
+        raise ValueError("max_num_seqs and max_model_len must be at least 1")
+    if config.policy not in ("fcfs", "priority"):
+        raise ValueError(f"scheduling policy must be fcfs or priority, got {config.policy!r}")
+    if any(window is not None and window < 1 for window in config.windows) or not config.windows:
+        raise ValueError(f"sliding windows must be at least 1 token, got {config.windows}")
+    return SchedulerState(
+        config=config,
+        pages=Pages(config.num_pages),
+        prefix=PrefixCache(len(config.windows)),
+        columns=Columns(config),
+        by_slot=[None] * config.max_num_seqs,
+        free_slots=list(range(config.max_num_seqs)),
+    )
+
+
+def snapshot(state: SchedulerState) -> SchedulerState:
+    """An independent copy: `step` on either does not touch the other."""
+    return copy.deepcopy(state)
+
+
+def push_waiting(state: SchedulerState, sequence: Sequence) -> None:
+    """Puts a sequence where its order says: the preempted and the forked come before later arrivals."""
+    sequence.status = Status.WAITING
+    heapq.heappush(state.waiting, (sequence.order, sequence))
+
+
+def peek_waiting(state: SchedulerState) -> Sequence | None:
+    """The next sequence to admit. Entries of sequences that ended while waiting are dropped here."""
+    while state.waiting:
+        sequence = state.waiting[0][1]
+        if sequence.status is Status.WAITING:
+            return sequence
+        heapq.heappop(state.waiting)
+    return None
+
+
+def num_waiting(state: SchedulerState) -> int:
+    """Sequences without a slot."""
+    return len(state.sequences) - len(state.running)
+
+
+def vacate(state: SchedulerState, sequence: Sequence) -> None:
+    """Takes slot and pages away from a running sequence; its pages' tails go first when pages are evicted."""
+    slot = sequence.slot
+    if slot is None:
+        raise ValueError(f"sequence {sequence.request.request_id}/{sequence.index} has no slot")
+    columns = state.columns
+    for table, first in zip(columns.page_tables, columns.first_page, strict=True):
+        for entry in range(int(columns.num_pages[slot]) - 1, int(first[slot]) - 1, -1):
+            state.pages.release(int(table[slot, entry]))
+        table[slot, : columns.num_pages[slot]] = DUMMY_PAGE
+        first[slot] = 0
+    columns.num_pages[slot] = 0
+    columns.num_computed[slot] = 0
+    columns.epochs[slot] += 1
+    state.by_slot[slot] = None
+    heapq.heappush(state.free_slots, slot)
+    state.running.remove(sequence)
+    sequence.slot = None
+
+
+def check(state: SchedulerState) -> None:
+    """Recounts the conservation laws from scratch.
+
+    Raises:
+        AssertionError: a law is broken; the message says which.
+    """
+    state.pages.check()
+    columns = state.columns
+    holders = np.zeros(len(state.pages.refs), np.int32)
+    for sequence in state.running:
+        slot = sequence.slot
+        if slot is None or state.by_slot[slot] is not sequence or sequence.status is not Status.RUNNING:
+            raise AssertionError(f"running sequence and slot {slot} disagree")
+        for table, first in zip(columns.page_tables, columns.first_page, strict=True):
+            held = table[slot, first[slot] : columns.num_pages[slot]]
+            np.add.at(holders, held, 1)
+            if (held == DUMMY_PAGE).any():
+                raise AssertionError(f"slot {slot} holds the dummy page")
+        if columns.num_computed[slot] > columns.num_pages[slot] * state.config.page_size:
+            raise AssertionError(f"slot {slot} has computed more tokens than its pages hold")
+    if (holders != state.pages.refs).any():
+        raise AssertionError(
+            f"reference counts differ from holders at {np.nonzero(holders != state.pages.refs)}"
+        )
+    if len(state.running) + len(state.free_slots) != state.config.max_num_seqs:
+        raise AssertionError("slots in use and free slots do not add up")
+    for page, _, _ in state.prefix.items():
+        if state.pages.refs[page] == 0 and not state.pages.is_idle(page):
+            raise AssertionError(f"cached page {page} is free")
+    if len(state.prefix) < state.pages.idle:
+        raise AssertionError("an idle page is not in the prefix cache")
