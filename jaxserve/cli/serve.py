@@ -1,0 +1,94 @@
+"""`jaxserve serve`: the HTTP server."""
+
+import argparse
+import logging
+import math
+import os
+import sys
+from importlib.metadata import version
+
+from jaxserve.cli.flags import add_engine, add_model, engine_config, model_of
+from jaxserve.config import ConfigError
+from jaxserve.engine import Engine
+from jaxserve.server import ServerOptions, reserve_port, run
+from metrics.prometheus import DEFAULT_PREFIX, SnapshotCollector
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Mounts the command."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP, as OpenAI's API",
+        description="Serve a model over HTTP: OpenAI's completions and chat, vLLM's extras and metrics. "
+        "The port opens when the server can answer.",
+    )
+    add_model(parser)
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
+    add("--port", type=int, default=8000, help="default %(default)s")
+    add(
+        "--served-model-name",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names that clients use (default: MODEL)",
+    )
+    add("--api-key", nargs="+", default=[], metavar="KEY",
+        help="clients must send one as bearer token (default: $VLLM_API_KEY, else none)")  # fmt: skip
+    add("--shutdown-timeout", type=float, default=30.0, metavar="S",
+        help="seconds that running requests get after SIGTERM (default %(default)g)")  # fmt: skip
+    add("--metrics-prefix", default=DEFAULT_PREFIX, help="before every metric's name (default %(default)s)")
+    add("--disable-log-stats", action="store_true", help="no line of statistics every ten seconds")
+    add("--log-level", "--uvicorn-log-level", dest="log_level", default="info",
+        choices=("debug", "info", "warning", "error"), help="default %(default)s")  # fmt: skip
+    add_engine(parser)
+    parser.set_defaults(run=lambda args: _serve(args, parser))
+
+
+def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,  # a library that we import has set up the root logger
+    )
+    logging.getLogger("jaxserve").setLevel(args.log_level.upper())
+    config = engine_config(
+        args,
+        model_of(args, parser),
+        served_model_name=tuple(args.served_model_name),
+        log_stats=not args.disable_log_stats,
+    )
+    if not 0 <= args.shutdown_timeout < math.inf:
+        raise ConfigError(f"--shutdown-timeout must be at least 0 seconds, got {args.shutdown_timeout}")
+    _check_prefix(args.metrics_prefix)
+    keys = tuple(args.api_key) or tuple(filter(None, [os.environ.get("VLLM_API_KEY")]))
+    options = ServerOptions(
+        host=args.host,
+        port=args.port,
+        api_keys=keys,
+        shutdown_timeout_s=args.shutdown_timeout,
+        version=version("jaxserve"),
+    )
+    try:
+        sock = reserve_port(options)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--host {args.host} --port {args.port}: {error}") from error
+    engine = Engine(config, metrics_prefix=args.metrics_prefix)
+    try:
+        return run(engine, options, sock)
+    finally:
+        engine.close()
+
+
+def _check_prefix(prefix: str) -> None:
+    try:
+        SnapshotCollector(_no_snapshot, prefix=prefix)
+    except ValueError as error:
+        raise ConfigError(f"--metrics-prefix: {error}") from error
+
+
+def _no_snapshot():
+    raise LookupError("only the prefix is checked")

@@ -1,0 +1,104 @@
+"""Every option of the engine in one frozen value, checked once, before anything is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DTYPES = ("auto", "float32", "bfloat16")
+BACKENDS = ("auto", "xla", "pallas")
+POLICIES = ("fcfs", "priority")
+
+
+class ConfigError(ValueError):
+    """An option that makes no sense, alone or with others; the message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What to serve, and with how much.
+
+    Attributes:
+        model: a folder, a GGUF file, a hub name or "smollm2".
+        served_model_name: names that clients use, the first is the main one; empty: `model`.
+        dtype: of weights, activations and KV; "auto": what docs/performance.md found faster on this platform.
+        max_model_len: bound on prompt + output tokens; None: the model's, or what the pool holds.
+        page_size: tokens per KV page, a power of two.
+        kv_cache_memory_bytes: size of the page buffer; None: DEFAULT_KV_BYTES.
+        num_pages: pages of the page buffer, in place of kv_cache_memory_bytes.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: token budget of one step.
+        max_num_queued_reqs: requests that may wait; beyond, they are refused.
+        enable_prefix_caching: requests share the pages of equal prefixes.
+        scheduling_policy: "fcfs" or "priority".
+        attention_backend: "xla", "pallas" or "auto".
+        enforce_eager: compile buckets on first use, not before the engine is ready.
+        seed: of the engine: seeds of requests without one are drawn from it.
+        generation_config: "auto": sampling defaults from the model's generation_config.json; "vllm": none.
+        chat_template: file with a chat template, in place of the model's.
+        cache_dir: of downloaded models and compiled programs; None: the user's cache folder.
+        record: file that the inputs of every step are written to, for `jaxserve replay`.
+        log_stats: a line of statistics every ten seconds while busy.
+
+    Raises:
+        ConfigError: a value out of range, or two that contradict each other.
+    """
+
+    model: str
+    served_model_name: tuple[str, ...] = ()
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    page_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    num_pages: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_num_queued_reqs: int = 1024
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    attention_backend: str = "auto"
+    enforce_eager: bool = False
+    seed: int = 0
+    generation_config: str = "auto"
+    chat_template: Path | None = None
+    cache_dir: Path | None = None
+    record: Path | None = None
+    log_stats: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("--dtype", self.dtype, DTYPES)
+        _one_of("--attention-backend", self.attention_backend, BACKENDS)
+        _one_of("--scheduling-policy", self.scheduling_policy, POLICIES)
+        _one_of("--generation-config", self.generation_config, ("auto", "vllm"))
+        for flag, value in (
+            ("--max-model-len", self.max_model_len),
+            ("--kv-cache-memory-bytes", self.kv_cache_memory_bytes),
+            ("--max-num-seqs", self.max_num_seqs),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens),
+            ("--max-num-queued-reqs", self.max_num_queued_reqs),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} must be at least 1, got {value}")
+        if not all(self.served_model_name) or not self.names[0]:
+            raise ConfigError("--served-model-name and the model's name must not be empty")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1) or self.page_size > 1024:
+            raise ConfigError(f"--block-size must be a power of two up to 1024, got {self.page_size}")
+        if self.num_pages is not None and self.num_pages < 2:
+            raise ConfigError(f"--num-gpu-blocks-override must be at least 2, got {self.num_pages}")
+        if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError("--num-gpu-blocks-override and --kv-cache-memory-bytes contradict each other")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
+                f"({self.max_num_seqs}): every running sequence needs a token per step"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError("--seed must fit 64 bits")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that clients may use, the main one first."""
+        return self.served_model_name or (self.model,)
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{flag} must be one of {', '.join(allowed)}, got {value!r}")

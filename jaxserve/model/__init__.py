@@ -1,0 +1,1 @@
+"""The models: what they are (config), how they compute (transformer), without pages, batches or files."""
