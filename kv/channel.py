@@ -1,4 +1,4 @@
-"""The side channel as those who use it see it. TCP stands behind it in a server, a network of queues in tests."""
+"""The side channel as those who use it see it. TCP in a server, queues in tests."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,7 +14,7 @@ class Channel(Protocol):
     """Calls and answers. Nothing here waits; one thread uses it."""
 
     def call(self, host: str, port: int, message: Message, *, timeout_s: float) -> int:
-        """Sends a message to a listener; returns a number that its answer will carry. Never raises for a peer."""
+        """Sends a message to a listener; returns a number that its answer will carry."""
         ...
 
     def answers(self) -> Sequence[tuple[int, Message | ChannelError]]:

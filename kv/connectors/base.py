@@ -99,7 +99,7 @@ class LeaseOrder:
 
 
 class Connector(Protocol):
-    """The scheduler's side of one connector. `lookup` changes nothing and may be asked any number of times."""
+    """The scheduler's side of one connector. `lookup` changes nothing and may be asked often."""
 
     @property
     def supports_hma(self) -> bool:
