@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kv.config import ConnectorConfig
+from kv.moves import Event, LeaseTerms, MoveNews, RemoteSource
 from metrics.stats import PrefillStats
 
 
@@ -113,6 +115,8 @@ class Request:
         eos_token_ids: the model's own end tokens.
         cache_salt: requests share cached pages only with those of the same salt.
         priority: lower runs first, where the policy is priority.
+        lease: keep the pages for a peer after the end (vLLM's do_remote_decode).
+        remote: a peer holds the prompt's pages (vLLM's do_remote_prefill).
     """
 
     request_id: str
@@ -121,6 +125,8 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     priority: int = 0
+    lease: bool = False
+    remote: RemoteSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,13 +161,20 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
-    """Everything that happened since the last step."""
+    """Everything that happened since the last step.
+
+    Attributes:
+        events: of moves, in the order in which the drivers saw them.
+        now_s: the loop's clock; the step has none of its own.
+    """
 
     arrivals: tuple[Request, ...] = ()
     aborts: tuple[str, ...] = ()
     stops: tuple[Stop, ...] = ()
     outcome: Outcome | None = None
     reset_prefix_cache: bool = False
+    events: tuple[Event, ...] = ()
+    now_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +203,7 @@ class SchedulerConfig:
         cache_key: names model and weight version; pages of different keys never match.
         enable_prefix_caching: False: a request's pages match only that request's own.
         policy: "fcfs" or "priority".
+        transfer: the connectors; None: pages never leave the pool.
     """
 
     windows: tuple[int | None, ...] = (None,)
@@ -200,6 +214,7 @@ class SchedulerConfig:
     cache_key: str = ""
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
+    transfer: ConnectorConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -285,6 +300,7 @@ class Finished:
     Attributes:
         stop_reason: the stop token id or stop string that ended it; None: the model's own end, or no stop.
         message: for people, where the reason is an error.
+        lease: its pages are kept for a peer on these terms.
     """
 
     request_id: str
@@ -294,14 +310,21 @@ class Finished:
     stop_reason: int | str | None = None
     num_output_tokens: int = 0
     message: str | None = None
+    lease: LeaseTerms | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gauges:
-    """State after the step: sequences and pages (in use + idle + free + the dummy page = all)."""
+    """State after the step: sequences and pages (in use + idle + free + the dummy page = all).
+
+    Attributes:
+        waiting: sequences without a slot, those that load among them.
+        loading: sequences that wait for their pages to arrive.
+    """
 
     running: int = 0
     waiting: int = 0
+    loading: int = 0
     pages_in_use: int = 0
     pages_idle: int = 0
     pages_free: int = 0
@@ -316,6 +339,7 @@ class Plan:
         rows: the batch; nothing is to be run where it is empty.
         prompt_tokens: prompt tokens in `rows`, those computed again after a preemption left out.
         recomputed_tokens: tokens in `rows` that this engine had computed before a preemption.
+        moves: pages on their way, for the drivers.
     """
 
     step_id: int
@@ -328,3 +352,4 @@ class Plan:
     prompt_tokens: int = 0
     recomputed_tokens: int = 0
     gauges: Gauges = field(default_factory=Gauges)
+    moves: MoveNews = field(default_factory=MoveNews)
