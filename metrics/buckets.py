@@ -17,6 +17,13 @@ ITERATION_TOKENS: tuple[float, ...] = tuple(
 )
 REQUEST_N: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
 PREEMPTIONS: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
+NIXL_READ_S: tuple[float, ...] = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0)
+NIXL_POST_S: tuple[float, ...] = (0.001, *NIXL_READ_S)
+NIXL_BYTES: tuple[float, ...] = tuple(float(2**exponent) for exponent in range(11, 35, 2))
+NIXL_DESCRIPTORS: tuple[float, ...] = tuple(
+    map(float, (10, 20, 30, 50, 75, 100, 200, 400, 1000, 2000, 4000, 10000, 20000, 50000))
+)
+HOST_COPY_BYTES: tuple[float, ...] = (1e6, 5e6, 1e7, 2e7, 4e7, 6e7, 8e7, 1e8, 1.5e8, 2e8)
 
 
 def request_tokens(max_model_len: int) -> tuple[float, ...]:
