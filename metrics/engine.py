@@ -10,11 +10,10 @@ from metrics import buckets
 from metrics.counts import LabelledCounts
 from metrics.histogram import Histogram
 from metrics.records import Gauges
-from metrics.stats import PromptTokenStats
+from metrics.stats import EXTERNAL_TIERS, PromptTokenStats
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 REJECTION_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
-EXTERNAL_TIERS = ("host", "p2p", "disk", "external_unspecified")
 
 
 class _Fields(Protocol):
@@ -172,7 +171,3 @@ class EngineStats:
             ValueError: the engines differ in the bound on a sequence's tokens.
         """
         return merge_fields(self, other)
-
-    def cached_by_source(self) -> tuple[tuple[str, int], ...]:
-        """Cached tokens at admission by where they lay; sums to the local and external hits."""
-        return (("device", self.steps.prefix_hits), *self.external_hits.items())

@@ -1,7 +1,7 @@
 """The table of series: what each is called and how it is read from EngineStats.
 
 Names, label names and label values are vLLM's, so that its dashboards and gateways work on us. Only
-`preempted_prefill_tokens` is ours.
+`preempted_prefill_tokens` is ours. The series of moves are in `move_series.py`.
 """
 
 from collections.abc import Callable
@@ -108,8 +108,8 @@ SERIES: tuple[Series, ...] = (
     ),
     _counter(
         "prompt_tokens_cached_by_source",
-        "Tokens found or promised at admission, by where they lay.",
-        EngineStats.cached_by_source,
+        "Prompt tokens that were not computed here, by where they lay.",
+        lambda s: s.prompts.cached_by_source(),
         label="source",
     ),
     _counter("generation_tokens", "Tokens generated.", lambda s: s.steps.generation_tokens),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics.engine import EXTERNAL_TIERS, FINISH_REASONS, REJECTION_REASONS, EngineStats, merge_fields
+from metrics.engine import FINISH_REASONS, REJECTION_REASONS, EngineStats, merge_fields
 from metrics.observe import (
     observe_finished,
     observe_first_token,
@@ -19,7 +19,7 @@ from metrics.observe import (
     observe_step,
 )
 from metrics.records import FinishedRecord, Gauges, RequestTotals, SequenceTimes, StepRecord
-from metrics.stats import PrefillStats, PromptTokenStats
+from metrics.stats import EXTERNAL_TIERS, PrefillStats, PromptTokenStats
 
 SMALL = settings(deadline=None, max_examples=50)
 MAX_MODEL_LEN = 2048
@@ -33,7 +33,10 @@ def prefills(draw: st.DrawFn) -> PrefillStats:
     prompt = draw(st.integers(1, MAX_MODEL_LEN))
     hit = draw(st.integers(0, prompt))
     external = draw(st.integers(0, prompt - hit))
-    return PrefillStats(num_prompt_tokens=prompt, local_cache_hit=hit, external_kv_transfer=external)
+    tiers = draw(st.sampled_from([(), (("p2p", external),)]))
+    return PrefillStats(
+        num_prompt_tokens=prompt, local_cache_hit=hit, external_kv_transfer=external, external_by_tier=tiers
+    )
 
 
 @st.composite
@@ -182,9 +185,7 @@ def test_totals_agree_with_a_recount_of_the_history(history: list[Event]) -> Non
     assert stats.requests.n.count == sum(record.request is not None for record in ended)
     with_gap = [record for record in ended if record.num_generation_tokens > 1]
     assert stats.sequences.time_per_output_token.count == len(with_gap)
-    by_source = dict(stats.cached_by_source())
-    assert sum(by_source.values()) == stats.steps.prefix_hits + stats.external_hits.total
-    assert by_source["device"] == sum(step.prefix_hits for step in ran)
+    assert stats.external_hits.total == sum(tokens for step in ran for _, tokens in step.external_hits)
 
 
 def times() -> SequenceTimes:
@@ -254,6 +255,16 @@ def test_prompts_are_not_counted_by_steps_nor_steps_by_prompts() -> None:
     assert after_step.iteration_tokens.sum == 51
     prefill = PrefillStats(num_prompt_tokens=50, local_cache_hit=0, external_kv_transfer=0)
     assert observe_prefill(after_step, prefill).steps == after_step.steps
+
+
+def test_what_was_promised_and_did_not_come_is_no_cached_token() -> None:
+    """vLLM counts the promise: after a refused handshake it shows the same tokens as computed and as p2p."""
+    step = StepRecord(gauges=Gauges(), external_queries=50, external_hits=(("p2p", 50),))
+    prefill = PrefillStats(num_prompt_tokens=50, local_cache_hit=0, external_kv_transfer=0)
+    stats = observe_prefill(observe_step(EMPTY, step), prefill)
+    assert stats.external_hits.total == 50
+    assert sum(tokens for _, tokens in stats.prompts.cached_by_source()) == 0
+    assert stats.prompts.get("local_compute") == 50
 
 
 def test_unknown_labels_are_refused() -> None:

@@ -120,7 +120,12 @@ EMPTY = EngineStats.empty(2048)
 
 def busy_stats() -> EngineStats:
     """Something of everything, chosen so that a series read from the wrong field shows."""
-    prefill = PrefillStats(num_prompt_tokens=100, local_cache_hit=32, external_kv_transfer=8)
+    prefill = PrefillStats(
+        num_prompt_tokens=100,
+        local_cache_hit=32,
+        external_kv_transfer=8,
+        external_by_tier=(("host", 5), ("p2p", 3)),
+    )
     times = SequenceTimes(
         arrival_s=0.0, queued_s=0.25, scheduled_s=1.0, first_token_s=2.5, last_token_s=8.5, finished_s=9.0
     )
@@ -166,7 +171,7 @@ VALUES: dict[str, float | list[float]] = {
     "prompt_tokens": 100,
     "prompt_tokens_by_source": [60, 32, 8],
     "prompt_tokens_cached": 40,
-    "prompt_tokens_cached_by_source": [33, 15, 10, 0, 0],
+    "prompt_tokens_cached_by_source": [32, 5, 3, 0, 0],
     "generation_tokens": 12,
     "request_success": [1, 1, 0, 0, 0],
     "admission_rejections": [0, 1],
