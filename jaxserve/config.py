@@ -1,7 +1,11 @@
 """Every option of the engine in one frozen value, checked once, before anything is loaded."""
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from kv.config import NIXL, ConnectorConfig, nixl_leaf
 
 DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "xla", "pallas")
@@ -37,6 +41,11 @@ class EngineConfig:
         cache_dir: of downloaded models and compiled programs; None: the user's cache folder.
         record: file that the inputs of every step are written to, for `jaxserve replay`.
         log_stats: a line of statistics every ten seconds while busy.
+        kv_transfer: what moves pages, from `kv.config.parse`; None: nothing does.
+        side_channel_host: this machine's address on which peers reach the NIXL side channel.
+        side_channel_port: of the side channel; 0: any free one.
+        kv_auth_key_file: key that this engine and its peers share; None: one in the user's cache folder,
+            which is enough for engines of one user on one machine.
 
     Raises:
         ConfigError: a value out of range, or two that contradict each other.
@@ -62,6 +71,10 @@ class EngineConfig:
     cache_dir: Path | None = None
     record: Path | None = None
     log_stats: bool = True
+    kv_transfer: ConnectorConfig | None = None
+    side_channel_host: str = "localhost"
+    side_channel_port: int = 5600
+    kv_auth_key_file: Path | None = None
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, DTYPES)
@@ -92,11 +105,43 @@ class EngineConfig:
             )
         if not -(2**63) <= self.seed < 2**63:
             raise ConfigError("--seed must fit 64 bits")
+        if self.kv_transfer is not None:
+            self._check_transfer(self.kv_transfer)
+
+    def _check_transfer(self, transfer: Any) -> None:
+        if not isinstance(transfer, ConnectorConfig):
+            raise ConfigError(f"kv_transfer must come from kv.config.parse, got {type(transfer).__name__}")
+        tier = next((leaf.kind for leaf in transfer.leaves if leaf.kind != NIXL), None)
+        if tier is not None and not self.enable_prefix_caching:
+            raise ConfigError(f"--no-enable-prefix-caching leaves {tier} nothing to keep: it finds prefixes")
+        if nixl_leaf(transfer) is None:
+            return
+        host = self.side_channel_host
+        if not 0 <= self.side_channel_port < 2**16:
+            raise ConfigError(f"--nixl-side-channel-port must be below 65536, got {self.side_channel_port}")
+        if not host or host != host.strip() or not host.isprintable():
+            raise ConfigError(f"--nixl-side-channel-host must be an address, got {host!r}")
+        if host in ("0.0.0.0", "::"):
+            raise ConfigError(
+                f"--nixl-side-channel-host {host}: peers are told this address and must be able to use it"
+            )
+        if self.kv_auth_key_file is None and not _is_loopback(host):
+            raise ConfigError(
+                f"--nixl-side-channel-host {host}: beyond this machine, --kv-auth-key-file must name the key "
+                "that the engines share"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names that clients may use, the main one first."""
         return self.served_model_name or (self.model,)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

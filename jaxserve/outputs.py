@@ -1,7 +1,10 @@
 """What comes back from the engine, as values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from kv.moves import RemoteSource
 from metrics.stats import PrefillStats
 from scheduler.types import FinishReason
 
@@ -24,6 +27,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """What a request's `kv_transfer_params` ask for, checked.
+
+    Attributes:
+        lease: keep the prompt's pages for a peer (vLLM's do_remote_decode).
+        remote: where a peer holds the prompt's pages (vLLM's do_remote_prefill).
+    """
+
+    lease: bool = False
+    remote: RemoteSource | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """What one step brought to one sequence of a request.
 
@@ -37,6 +53,8 @@ class Delta:
         message: for people, where finish_reason is an error.
         prefill: on the request's first delta: where its prompt tokens came from.
         prompt_logprobs: on the request's first delta, where asked: one per prompt token, None for the first.
+        kv_transfer_params: on the last delta of sequence 0, where the pages are leased: what the client gives
+            to the engine that goes on, ready for JSON.
     """
 
     request_id: str
@@ -49,6 +67,7 @@ class Delta:
     message: str | None = None
     prefill: PrefillStats | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    kv_transfer_params: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

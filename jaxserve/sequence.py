@@ -1,7 +1,8 @@
 """A request while it lives in the engine: its sequences' text, and when things happened to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxserve.outputs import Delta, TokenLogprobs
 from jaxserve.text import Detokenizer, StopStrings, Tokenizer
@@ -108,6 +109,7 @@ class LiveRequest:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] | None = None,
         ended: Finished | None = None,
+        kv_transfer_params: Mapping[str, Any] | None = None,
     ) -> Delta:
         """The next delta of a sequence; the request's first one carries what is said once."""
         first = self.prefill is not None and not self.prefill_sent
@@ -126,6 +128,7 @@ class LiveRequest:
             message=None if ended is None else ended.message,
             prefill=self.prefill if first else None,
             prompt_logprobs=None if known is None else tuple(known),
+            kv_transfer_params=kv_transfer_params,
         )
 
     def finished_record(self, ended: Finished, now_s: float) -> FinishedRecord:

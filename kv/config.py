@@ -4,6 +4,7 @@ One frozen type for all kinds, so that a record of a run can hold it.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,12 +80,26 @@ def parse(text: str) -> ConnectorConfig:
             a value out of range.
     """
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    except TransferConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise TransferConfigError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise TransferConfigError("must be a JSON object")
-    return _connector(value, parent=None)
+    return _connector(value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise TransferConfigError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 _KEYS = ("kv_connector", "kv_role", "engine_id", "kv_load_failure_policy", "kv_connector_extra_config")
@@ -98,8 +113,9 @@ _IGNORED = ("kv_buffer_device", "kv_rank", "kv_parallel_size", "kv_port", "kv_ip
 """Keys of vLLM that say nothing here."""
 
 
-def _connector(value: Mapping[str, Any], parent: ConnectorConfig | None) -> ConnectorConfig:
-    where = "" if parent is None else "kv_connector_extra_config.connectors: "
+def _connector(
+    value: Mapping[str, Any], parent: ConnectorConfig | None = None, where: str = ""
+) -> ConnectorConfig:
     for key in value:
         if key not in _KEYS and key not in _IGNORED:
             raise TransferConfigError(f"{where}unknown key {key!r}")
@@ -110,15 +126,23 @@ def _connector(value: Mapping[str, Any], parent: ConnectorConfig | None) -> Conn
     role = value.get("kv_role")
     if role not in ROLES:
         raise TransferConfigError(f"{where}{kind} needs kv_role, one of {', '.join(ROLES)}; got {role!r}")
-    policy = value.get("kv_load_failure_policy", "recompute" if parent is None else parent.failure_policy)
+    if kind in (OFFLOADING, SIMPLE_CPU) and role != BOTH:
+        raise TransferConfigError(f"{where}{kind} stores and loads: its kv_role is {BOTH}, not {role}")
+    policy = value.get("kv_load_failure_policy")
+    if policy is None:
+        policy = "recompute" if parent is None else parent.failure_policy
     if policy not in ("recompute", "fail"):
         raise TransferConfigError(f"{where}kv_load_failure_policy must be recompute or fail, got {policy!r}")
-    engine_id = value.get("engine_id", "")
-    if not isinstance(engine_id, str) or len(engine_id) > 128:
-        raise TransferConfigError(f"{where}engine_id must be a string of at most 128 characters")
+    engine_id = value.get("engine_id")
+    if engine_id is None:
+        engine_id = ""
+    if not isinstance(engine_id, str) or len(engine_id) > 128 or not engine_id.isprintable():
+        raise TransferConfigError(f"{where}engine_id must be a printable string of at most 128 characters")
     if parent is not None and engine_id not in ("", parent.engine_id):
         raise TransferConfigError(f"{where}{kind} has its parent's engine_id, it takes none of its own")
-    extra = value.get("kv_connector_extra_config", {})
+    extra = value.get("kv_connector_extra_config")
+    if extra is None:
+        extra = {}
     if not isinstance(extra, dict):
         raise TransferConfigError(f"{where}kv_connector_extra_config must be an object")
     if "bidirectional_kv_xfer" in extra:
@@ -127,7 +151,7 @@ def _connector(value: Mapping[str, Any], parent: ConnectorConfig | None) -> Conn
         extra = {key: entry for key, entry in extra.items() if key != "bidirectional_kv_xfer"}
     for key in extra:
         if key not in _EXTRA[kind]:
-            raise TransferConfigError(f"{where}{kind} has no kv_connector_extra_config.{key}")
+            raise TransferConfigError(f"{where}{kind} has no {key!r} in kv_connector_extra_config")
     if parent is not None and kind == NIXL and parent.role not in (BOTH, role):
         raise TransferConfigError(f"{where}{kind} cannot be {role} in a MultiConnector that is {parent.role}")
     config = ConnectorConfig(
@@ -142,10 +166,14 @@ def _connector(value: Mapping[str, Any], parent: ConnectorConfig | None) -> Conn
 def _with_extra(config: ConnectorConfig, extra: Mapping[str, Any], where: str) -> ConnectorConfig:
     def number(key: str, default: float, *, whole: bool, least: float) -> Any:
         value = extra.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
+        fits = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        if isinstance(value, bool) or not fits:
             raise TransferConfigError(f"{where}{key} must be a number, got {value!r}")
+        if whole and value != int(value):
+            raise TransferConfigError(f"{where}{key} must be a whole number, got {value!r}")
         if not least <= value < 2**53:
-            raise TransferConfigError(f"{where}{key} must be at least {least:g}, got {value!r}")
+            bounds = f"at least {least:g} and below 2**53"
+            raise TransferConfigError(f"{where}{key} must be {bounds}, got {value!r}")
         return int(value) if whole else float(value)
 
     def flag(key: str, default: bool) -> bool:
@@ -189,7 +217,10 @@ def _with_extra(config: ConnectorConfig, extra: Mapping[str, Any], where: str) -
                 raise TransferConfigError(f"{where}MultiConnector needs connectors, a list of objects")
             if not children:
                 raise TransferConfigError(f"{where}MultiConnector needs at least one connector")
-            made = tuple(_connector(child, parent=config) for child in children)
+            made = tuple(
+                _connector(child, config, f"kv_connector_extra_config.connectors[{index}]: ")
+                for index, child in enumerate(children)
+            )
             if sum(child.kind == NIXL for child in made) > 1:
                 raise TransferConfigError(
                     f"{where}two NixlConnectors would both answer in kv_transfer_params: at most one"

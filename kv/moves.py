@@ -12,6 +12,9 @@ import msgspec
 HOST, P2P = "host", "p2p"
 """Tiers that pages are loaded from; the labels of `prompt_tokens_cached_by_source`."""
 
+LOAD_FAILED = "the KV of its prompt could not be loaded, and kv_load_failure_policy is fail"
+"""What a request says that ends on a failed load. Clients see it, so it names nothing of this machine."""
+
 PageLists = tuple[tuple[int, ...], ...]
 """Per page group, a page (or host slot, or generation) per page position."""
 
@@ -232,7 +235,7 @@ class MoveGauges:
         fetch_running: requests whose load is under way.
         fetch_done: requests whose load has ended and that wait for a slot.
         leases: leases held for peers.
-        tiers: per host-tier connector (index, used slots, pinned slots, slots).
+        tiers: per host-tier connector (index, used slots, pinned slots, slots that a store fills, slots).
     """
 
     loading_pages: int = 0
@@ -243,7 +246,7 @@ class MoveGauges:
     fetch_running: int = 0
     fetch_done: int = 0
     leases: int = 0
-    tiers: tuple[tuple[int, int, int, int], ...] = ()
+    tiers: tuple[tuple[int, int, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ class Envelope:
         created: Unix time, seconds.
         generation: what was asked.
         only_prompt: leave the generated token out.
+        peer_cached_tokens: of the prompt, found in its cache by the peer that sent its KV; None: not said.
         prompts: per prompt its text (None: given as token ids, and nobody asked for its echo) and its ids.
     """
 
@@ -32,6 +33,7 @@ class Envelope:
     generation: Generation
     prompts: tuple[tuple[str | None, tuple[int, ...]], ...]
     only_prompt: bool = False
+    peer_cached_tokens: int | None = None
 
     def head(self, *, chunk: bool) -> dict[str, object]:
         """The fields before the choices."""

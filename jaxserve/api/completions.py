@@ -61,4 +61,6 @@ def read_completion(body: dict[str, object], facts: ModelFacts) -> CompletionCal
     prompts = read_prompts(fields, facts)
     if len(prompts) * generation.sampling.n > MAX_SEQUENCES:
         raise invalid("n", f"times the number of prompts must be at most {MAX_SEQUENCES}")
+    if generation.kv_transfer_params and len(prompts) > 1:
+        raise invalid("kv_transfer_params", "goes with a single prompt")
     return CompletionCall(prompts=prompts, generation=generation, only_prompt=max_tokens == 0)

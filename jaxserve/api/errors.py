@@ -1,5 +1,7 @@
 """What a client is told when something is wrong."""
 
+from kv.moves import LOAD_FAILED
+
 MAX_MESSAGE_CHARS = 1000
 """Keeps an error body under 4 KiB whatever the request held."""
 
@@ -70,6 +72,12 @@ def unavailable(message: str) -> ApiError:
 def internal_error() -> ApiError:
     """The one text that any fault of ours shows; the log has the rest, under the request's id."""
     return ApiError(500, "The server failed on this request. Its log names the X-Request-Id of this answer.")
+
+
+def load_failed() -> ApiError:
+    """The one fault with a text of its own: its cause is a peer or a tier, and another try makes sense."""
+    message = f"The request failed: {LOAD_FAILED}."
+    return ApiError(500, message, code="kv_load_failed")
 
 
 def shorten(text: str, limit: int) -> str:

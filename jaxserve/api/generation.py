@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from jaxserve.api.errors import ApiError, invalid, printable, unsupported
 from jaxserve.api.fields import INT64_MAX, INT64_MIN, Fields
@@ -25,6 +25,7 @@ MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_MODEL_NAME_CHARS = 256
+MAX_TRANSFER_KEYS = 64
 INT32_MAX = 2**31 - 1
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
@@ -69,6 +70,7 @@ class Generation:
         echo: begin the text with the prompt.
         prompt_logprobs: as the client asked; `sampling` may ask for more, for the echo.
         max_tokens_field: where max_tokens came from, for errors.
+        kv_transfer_params: as the client gave it, for the engine to understand; empty: nothing is asked.
         unknown: keys that nobody knows, to be logged.
     """
 
@@ -87,6 +89,7 @@ class Generation:
     echo: bool = False
     prompt_logprobs: int | None = None
     max_tokens_field: str = "max_tokens"
+    kv_transfer_params: Mapping[str, object] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
 
 
@@ -174,6 +177,7 @@ def read_generation(
         echo=echo,
         prompt_logprobs=prompt_logprobs,
         max_tokens_field=max_tokens_field,
+        kv_transfer_params=fields.entries("kv_transfer_params", limit=MAX_TRANSFER_KEYS),
         unknown=fields.unknown(known),
     )
 

@@ -6,8 +6,8 @@ UNSUPPORTED = names(
     """tools tool_choice functions function_call structured_outputs structural_tag guided_json guided_regex
     guided_choice guided_grammar guided_decoding_backend guided_whitespace_pattern prompt_embeds input_embeds
     suffix lora lora_name lora_path lora_request audio prediction web_search_options logits_processors
-    logits_processor_pattern bad_words allowed_token_ids use_beam_search early_stopping kv_transfer_params
-    ec_transfer_params vllm_xargs mm_processor_kwargs media_io_kwargs chat_template documents
+    logits_processor_pattern bad_words allowed_token_ids use_beam_search early_stopping ec_transfer_params
+    vllm_xargs mm_processor_kwargs media_io_kwargs chat_template documents
     reasoning reasoning_effort verbosity thinking_token_budget repetition_detection moderation"""
 )
 """Known fields that would change the answer and cannot be honoured: refused unless they ask for nothing."""
@@ -25,6 +25,6 @@ COMMON = (
         repetition_penalty presence_penalty frequency_penalty logit_bias stop stop_token_ids ignore_eos
         skip_special_tokens include_stop_str_in_output logprobs prompt_logprobs truncate_prompt_tokens
         return_token_ids return_tokens_as_token_ids cache_salt priority request_id user metadata
-        response_format modalities length_penalty add_special_tokens echo""")
+        response_format modalities length_penalty add_special_tokens echo kv_transfer_params""")
 )
 """Every field that both routes know."""

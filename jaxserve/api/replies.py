@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from jaxserve.api.choices import ChoiceWriter, Envelope
-from jaxserve.api.errors import internal_error, unavailable
+from jaxserve.api.errors import internal_error, load_failed, unavailable
 from jaxserve.api.generation import ModelFacts
 from jaxserve.api.logprobs import Vocabulary, prompt_logprobs
 from jaxserve.outputs import Delta, TokenLogprobs
+from kv.moves import LOAD_FAILED
 from metrics.stats import PrefillStats
 from scheduler.types import FinishReason
 
@@ -18,7 +19,7 @@ def check_finish(delta: Delta) -> None:
     An abort that reaches a client that still listens means that the server is going away.
     """
     if delta.finish_reason is FinishReason.ERROR:
-        raise internal_error()
+        raise load_failed() if delta.message == LOAD_FAILED else internal_error()
     if delta.finish_reason is FinishReason.ABORT:
         raise unavailable("The server is shutting down and ended this request.")
 
@@ -41,20 +42,37 @@ def merge(deltas: Sequence[Delta]) -> Delta:
         prompt_logprobs=next(
             (delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None
         ),
+        kv_transfer_params=deltas[-1].kv_transfer_params,
     )
 
 
-def usage(prompt_tokens: int, completion_tokens: int, prefills: Iterable[PrefillStats]) -> dict[str, object]:
-    """The `usage` object; the sources of several prompts are summed."""
+def usage(
+    prompt_tokens: int,
+    completion_tokens: int,
+    prefills: Iterable[PrefillStats],
+    *,
+    peer_cached_tokens: int | None = None,
+) -> dict[str, object]:
+    """The `usage` object; the sources of several prompts are summed.
+
+    Args:
+        prompt_tokens: of all prompts.
+        completion_tokens: of all sequences.
+        prefills: one per prompt whose first token is there.
+        peer_cached_tokens: the number of a peer that sent the prompt's KV. It becomes `cached_tokens`, as in
+            vLLM: for a client the two engines are one, and a transfer is no cache hit. It says nothing where
+            the transfer brought nothing.
+    """
     parts = list(prefills)
     hit = sum(part.local_cache_hit for part in parts)
     external = sum(part.external_kv_transfer for part in parts)
+    cached = hit + external if peer_cached_tokens is None or not external else peer_cached_tokens
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": hit + external,
+            "cached_tokens": cached,
             "local_compute": sum(part.local_compute for part in parts),
             "local_cache_hit": hit,
             "external_kv_transfer": external,
@@ -67,8 +85,17 @@ class Tally:
     """What an answer has used so far."""
 
     prompt_tokens: int
+    peer_cached_tokens: int | None = None
     completion_tokens: int = 0
     prefills: dict[int, PrefillStats] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, envelope: Envelope) -> "Tally":
+        """Of an answer that has not begun."""
+        return cls(
+            prompt_tokens=sum(len(ids) for _, ids in envelope.prompts),
+            peer_cached_tokens=envelope.peer_cached_tokens,
+        )
 
     def add(self, prompt: int, delta: Delta, *, counts_output: bool) -> None:
         """Counts one delta of prompt number `prompt`."""
@@ -79,7 +106,12 @@ class Tally:
 
     def usage(self) -> dict[str, object]:
         """The `usage` object."""
-        return usage(self.prompt_tokens, self.completion_tokens, self.prefills.values())
+        return usage(
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.prefills.values(),
+            peer_cached_tokens=self.peer_cached_tokens,
+        )
 
 
 def full_reply(
@@ -95,8 +127,7 @@ def full_reply(
     Raises:
         ApiError: a sequence ended in an error.
     """
-    ids = (prompt_ids for _, prompt_ids in envelope.prompts)
-    tally = Tally(prompt_tokens=sum(map(len, ids)))
+    tally = Tally.of(envelope)
     choices: list[dict[str, object]] = []
     in_order = sorted(deltas, key=lambda item: (item[0], item[1].index))
     prompt_scores = {prompt: delta.prompt_logprobs for prompt, delta in deltas if delta.prompt_logprobs}
@@ -112,7 +143,8 @@ def full_reply(
         reply["prompt_logprobs"] = None if top is None else prompt_logprobs(scores, vocabulary, top=top)
         if envelope.generation.return_token_ids:
             reply["prompt_token_ids"] = list(envelope.prompts[0][1])
-    return reply
+    params = next((delta.kv_transfer_params for _, delta in in_order if delta.kv_transfer_params), None)
+    return reply if params is None else reply | {"kv_transfer_params": params}
 
 
 class ChunkWriter:
@@ -124,7 +156,7 @@ class ChunkWriter:
         self._head = envelope.head(chunk=True)
         self._choices: dict[tuple[int, int], ChoiceWriter] = {}
         self._prompt_scores: dict[int, tuple[TokenLogprobs | None, ...]] = {}
-        self._tally = Tally(prompt_tokens=sum(len(ids) for _, ids in envelope.prompts))
+        self._tally = Tally.of(envelope)
 
     def chunks(self, prompt: int, delta: Delta) -> list[dict[str, object]]:
         """The chunks for one delta of prompt number `prompt`.
@@ -142,6 +174,8 @@ class ChunkWriter:
                 self._envelope, prompt, delta.index, self._vocabulary, self._prompt_scores.get(prompt)
             )
         chunks = [self._head | {"choices": [choice]} for choice in self._choices[key].chunk(delta)]
+        if delta.kv_transfer_params:  # it comes with the reason of the end, so that there is a chunk
+            chunks[-1]["kv_transfer_params"] = delta.kv_transfer_params
         generation = self._envelope.generation
         if generation.continuous_usage:
             return [chunk | {"usage": self._tally.usage()} for chunk in chunks]

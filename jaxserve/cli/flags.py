@@ -1,14 +1,19 @@
 """Flags of the engine, shared by every command that runs a model."""
 
 import argparse
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxserve.config import BACKENDS, DTYPES, POLICIES, EngineConfig
+from jaxserve.config import BACKENDS, DTYPES, POLICIES, ConfigError, EngineConfig
 from jaxserve.weights.smollm2 import default_cache_dir
 from jaxserve.weights.source import DEFAULT_MODEL
+from kv.config import BOTH, OFFLOADING, ConnectorConfig, TransferConfigError, parse
+
+SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
 SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -103,6 +108,23 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--cache-dir", "--download-dir", dest="cache_dir", type=Path, metavar="DIR",
         help="of downloaded models and compiled programs (default: the user's cache folder)")  # fmt: skip
     add("--record", type=Path, metavar="FILE", help="write every step's inputs there, for jaxserve replay")
+    _add_transfer(parser)
+
+
+def _add_transfer(parser: argparse.ArgumentParser) -> None:
+    defaults = EngineConfig(model=DEFAULT_MODEL)
+    add = parser.add_argument_group("KV transfer").add_argument
+    add("--kv-transfer-config", metavar="JSON",
+        help='what moves KV pages, as in vLLM: {"kv_connector": ..., "kv_role": ...}')  # fmt: skip
+    add("--kv-offloading-size", type=float, metavar="GIB",
+        help="host memory for KV pages, in GiB: short for OffloadingConnector")  # fmt: skip
+    add("--kv-offloading-backend", choices=("native",), help="of --kv-offloading-size (default native)")
+    add("--nixl-side-channel-host", metavar="HOST", help="this machine's address on which NIXL peers ask "
+        f"(default: ${SIDE_CHANNEL_HOST}, else {defaults.side_channel_host})")  # fmt: skip
+    add("--nixl-side-channel-port", type=int, metavar="PORT", help="0: any free one "
+        f"(default: ${SIDE_CHANNEL_PORT}, else {defaults.side_channel_port})")  # fmt: skip
+    add("--kv-auth-key-file", type=Path, metavar="FILE",
+        help="key that NIXL peers share (default: one in the user's cache folder)")  # fmt: skip
 
 
 def engine_config(
@@ -135,5 +157,52 @@ def engine_config(
         chat_template=args.chat_template,
         cache_dir=args.cache_dir or default_cache_dir(environ),
         record=args.record,
+        kv_transfer=kv_transfer(args),
+        side_channel_host=_side_channel_host(args, environ),
+        side_channel_port=_side_channel_port(args, environ),
+        kv_auth_key_file=args.kv_auth_key_file,
         **more,
     )
+
+
+def kv_transfer(args: argparse.Namespace) -> ConnectorConfig | None:
+    """The connectors that were asked for; None: none.
+
+    Raises:
+        ConfigError: JSON that makes no sense, or a contradiction.
+    """
+    size = args.kv_offloading_size
+    if size is None:
+        if args.kv_offloading_backend is not None:
+            raise ConfigError("--kv-offloading-backend needs --kv-offloading-size")
+        if args.kv_transfer_config is None:
+            return None
+        try:
+            return parse(args.kv_transfer_config)
+        except TransferConfigError as error:
+            raise ConfigError(f"--kv-transfer-config: {error}") from error
+    if args.kv_transfer_config is not None:
+        raise ConfigError(
+            "--kv-offloading-size and --kv-transfer-config contradict each other: name OffloadingConnector "
+            "as a child of MultiConnector instead"
+        )
+    if not (math.isfinite(size) and 1 <= size * 2**30 < 2**53):
+        raise ConfigError(f"--kv-offloading-size must be a positive number of GiB, got {size:g}")
+    return ConnectorConfig(kind=OFFLOADING, role=BOTH, cpu_bytes=int(size * 2**30))
+
+
+def _side_channel_host(args: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    if args.nixl_side_channel_host is not None:
+        return args.nixl_side_channel_host
+    return environ.get(SIDE_CHANNEL_HOST) or EngineConfig(model=DEFAULT_MODEL).side_channel_host
+
+
+def _side_channel_port(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    if args.nixl_side_channel_port is not None:
+        return args.nixl_side_channel_port
+    port = environ.get(SIDE_CHANNEL_PORT)
+    if not port:
+        return EngineConfig(model=DEFAULT_MODEL).side_channel_port
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5):
+        raise ConfigError(f"{SIDE_CHANNEL_PORT} must be a port, got {port!r}")
+    return int(port)

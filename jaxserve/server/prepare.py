@@ -9,11 +9,12 @@ from jaxserve.api.body import parse_object
 from jaxserve.api.chat import Conversation, read_chat
 from jaxserve.api.choices import Envelope
 from jaxserve.api.completions import DEFAULT_MAX_TOKENS, read_completion
-from jaxserve.api.errors import ApiError, context_length_exceeded, printable, unavailable
+from jaxserve.api.errors import ApiError, context_length_exceeded, invalid, printable, unavailable
 from jaxserve.api.generation import Generation, ModelFacts
 from jaxserve.api.plain import ControlTokens
 from jaxserve.api.prompts import Prompt, fit
 from jaxserve.api.tokens import read_detokenize, read_tokenize
+from jaxserve.outputs import RequestRefused, Transfer
 from jaxserve.server.options import body_limit
 from jaxserve.server.surface import EngineSurface
 from jaxserve.text import TemplateBusyError, TemplateError
@@ -166,7 +167,10 @@ class Preparer:
     ) -> Prepared:
         self._log_unknown(generation.unknown)
         prefix = "chatcmpl" if chat else "cmpl"
-        requests = tuple(self._request(prefix, ids, sampling, generation) for ids, sampling in fitted)
+        transfer = self._transfer(generation, fitted[0][0])
+        requests = tuple(
+            self._request(prefix, ids, sampling, generation, transfer) for ids, sampling in fitted
+        )
         reply_id = requests[0].request_id if generation.label is None else f"{prefix}-{generation.label}"
         envelope = Envelope(
             reply_id=reply_id,
@@ -175,11 +179,29 @@ class Preparer:
             generation=generation,
             prompts=tuple((text, ids) for text, (ids, _) in zip(texts, fitted, strict=True)),
             only_prompt=only_prompt,
+            peer_cached_tokens=None if transfer.remote is None else transfer.remote.cached_tokens,
         )
         return Prepared(envelope=envelope, requests=requests)
 
+    def _transfer(self, generation: Generation, ids: tuple[int, ...]) -> Transfer:
+        """What the engine makes of `kv_transfer_params`, which go with a single prompt."""
+        if not generation.kv_transfer_params:
+            return Transfer()
+        try:
+            transfer = self._engine.open_transfer(generation.kv_transfer_params, ids, generation.cache_salt)
+        except RequestRefused as refused:
+            raise invalid(refused.param, f"is refused: {printable(str(refused), 300)}") from None
+        if transfer.lease and generation.sampling.n > 1:
+            raise invalid("n", "must be 1 where `kv_transfer_params` ask for do_remote_decode")
+        return transfer
+
     def _request(
-        self, prefix: str, ids: tuple[int, ...], sampling: SamplingParams, generation: Generation
+        self,
+        prefix: str,
+        ids: tuple[int, ...],
+        sampling: SamplingParams,
+        generation: Generation,
+        transfer: Transfer,
     ) -> Request:
         return Request(
             request_id=self._engine.new_request_id(prefix),
@@ -188,6 +210,8 @@ class Preparer:
             eos_token_ids=self._facts.eos_token_ids,
             cache_salt=generation.cache_salt,
             priority=generation.priority,
+            lease=transfer.lease,
+            remote=transfer.remote,
         )
 
     def _log_unknown(self, keys: tuple[str, ...]) -> None:

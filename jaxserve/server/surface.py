@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from jaxserve.outputs import Delta
+from jaxserve.outputs import Delta, Transfer
 from scheduler.types import Request
 
 
@@ -58,7 +58,11 @@ class ChatSurface(Protocol):
 
 
 class EngineSurface(Protocol):
-    """The engine as the server sees it. All methods but `chat.render` are called on the event loop."""
+    """The engine as the server sees it.
+
+    `chat.render`, the tokenizer, `new_request_id` and `open_transfer` are called from any thread, everything
+    else on the event loop.
+    """
 
     @property
     def served_model_names(self) -> tuple[str, ...]:
@@ -97,6 +101,22 @@ class EngineSurface(Protocol):
 
     def new_request_id(self, prefix: str) -> str:
         """An id that was never used before."""
+        ...
+
+    def open_transfer(
+        self, params: Mapping[str, Any], prompt_token_ids: tuple[int, ...], cache_salt: str
+    ) -> Transfer:
+        """What a request's `kv_transfer_params` ask for, checked against our role and our peers' key.
+
+        Args:
+            params: what the client sent, not empty; nothing in it is to be trusted.
+            prompt_token_ids: of the request.
+            cache_salt: of the request.
+
+        Raises:
+            RequestRefused: with `param` "kv_transfer_params" and a reason for the client: this engine has no
+                connector, or another role; the parameters are no peer's, or of another prompt.
+        """
         ...
 
     def stream(self, request: Request) -> AsyncGenerator[Delta, None]:

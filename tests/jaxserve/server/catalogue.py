@@ -40,6 +40,7 @@ def catalogue(model: str, vocab_size: int, max_model_len: int) -> list[Bad]:
         *_prompts(model, vocab_size, max_model_len),
         *_chats(model),
         *_unsupported(model),
+        *_transfers(model),
         *_tokens(model, vocab_size),
     ]
 
@@ -281,7 +282,6 @@ def _unsupported(model: str) -> Iterator[Bad]:
         "allowed_token_ids": [1],
         "use_beam_search": True,
         "length_penalty": 2.0,
-        "kv_transfer_params": {"remote_host": "10.0.0.1", "remote_port": 1, "tp_size": 10**9},
         "suffix": "the end",
         "chat_template": "{{ messages }}",
         "best_of": 2,
@@ -292,6 +292,64 @@ def _unsupported(model: str) -> Iterator[Bad]:
             body = json.dumps({"model": model, **prompt, key: value}).encode()
             code = "unsupported_parameter"
             yield Bad(name=f"unsupported-{key}-{path}", path=path, body=body, param=key, code=code)
+
+
+FORGED: dict[str, object] = {
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "remote_block_ids": [[1, 2, 3]],
+    "remote_engine_id": "somebody",
+    "remote_request_id": "cmpl-1",
+    "remote_host": "10.0.0.1",
+    "remote_port": 1,
+    "tp_size": 1,
+    "remote_num_tokens": 2,
+}
+"""What a prefill engine answers with, but for what proves it."""
+
+
+def _transfers(model: str) -> Iterator[Bad]:
+    """`kv_transfer_params` that no engine takes, whatever it is connected to."""
+    forged: dict[str, object] = {
+        "forged": FORGED,
+        "metadata-service": FORGED | {"remote_host": "169.254.169.254", "remote_port": 80},
+        "host-number": FORGED | {"remote_host": 1},
+        "host-long": FORGED | {"remote_host": "a" * 100_000},
+        "host-lines": FORGED | {"remote_host": "a\r\nHost: b"},
+        "port-0": FORGED | {"remote_port": 0},
+        "port-high": FORGED | {"remote_port": 65536},
+        "port-text": FORGED | {"remote_port": "22"},
+        "tp-huge": FORGED | {"tp_size": 10**9},
+        "tp-0": FORGED | {"tp_size": 0},
+        "ids-huge": FORGED | {"remote_block_ids": [[2**63 - 1]]},
+        "ids-negative": FORGED | {"remote_block_ids": [[-1]]},
+        "ids-flat": FORGED | {"remote_block_ids": [1]},
+        "ids-text": FORGED | {"remote_block_ids": "1"},
+        "ids-many": FORGED | {"remote_block_ids": [list(range(100_000))]},
+        "groups-many": FORGED | {"remote_block_ids": [[1]] * 100_000},
+        "tokens-negative": FORGED | {"remote_num_tokens": -1},
+        "engine-list": FORGED | {"remote_engine_id": ["a"]},
+        "request-of-another": FORGED | {"remote_request_id": "cmpl-2"},
+        "mac-text": FORGED | {"mac": "0" * 64, "epoch": "0" * 32, "generations": [[1, 2, 3]]},
+        "mac-list": FORGED | {"mac": [[]], "epoch": {}, "generations": None},
+        "both": FORGED | {"do_remote_decode": True},
+        "prefill-text": {"do_remote_prefill": "yes"},
+        "many-keys": {str(key): 1 for key in range(65)},
+        "list": [FORGED],
+        "empty-list": [],
+        "text": "do_remote_prefill",
+        "number": 1,
+        "true": True,
+        "false": False,
+    }
+    prompts = ((COMPLETIONS, {"prompt": "hi"}), (CHAT, {"messages": [{"role": "user", "content": "hi"}]}))
+    for path, prompt in prompts:
+        for name, value in forged.items():
+            body = json.dumps({"model": model, **prompt, "kv_transfer_params": value}).encode()
+            yield Bad(name=f"transfer-{name}-{path}", path=path, body=body, param="kv_transfer_params")
+    decode = {"do_remote_decode": True, "do_remote_prefill": False}
+    body = json.dumps({"model": model, "prompt": ["a", "b"], "kv_transfer_params": decode}).encode()
+    yield Bad(name="transfer-two-prompts", path=COMPLETIONS, body=body, param="kv_transfer_params")
 
 
 def _tokens(model: str, vocab_size: int) -> Iterator[Bad]:

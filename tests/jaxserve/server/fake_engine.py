@@ -6,8 +6,9 @@ import re
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxserve.outputs import Delta, TokenLogprobs
+from jaxserve.outputs import Delta, RequestRefused, TokenLogprobs, Transfer
 from jaxserve.text import TemplateError
+from kv.moves import RemoteSource
 from metrics.stats import PrefillStats
 from scheduler.types import FinishReason, Request
 
@@ -18,6 +19,21 @@ EOS = 299
 SPECIAL = {298: "<|im_start|>", 299: "<|im_end|>"}
 SPECIAL_IDS = {spelling: token_id for token_id, spelling in SPECIAL.items()}
 SPECIAL_SPELLINGS = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
+
+
+REMOTE = RemoteSource(
+    engine_id="p",
+    epoch="0" * 32,
+    host="localhost",
+    port=5600,
+    request_id="cmpl-1",
+    pages=((1,),),
+    generations=((1,),),
+    num_tokens=2,
+    page_size=16,
+    cached_tokens=1,
+)
+TERMS = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[1, 2]]}
 
 
 class FakeTokenizer:
@@ -79,6 +95,9 @@ class FakeEngine:
         fails_after: raise `late_failure` after this many steps.
         step_s: seconds per token; 0 yields to the loop only.
         finish: reason of the end.
+        message: at the end, where its reason is an error.
+        moves: takes kv_transfer_params: a lease for do_remote_decode, and REMOTE for the MAC "good".
+        opened: kv_transfer_params that came, with the prompt and its salt.
         gate: each step takes one of it; None: steps do not wait.
         seen: requests that came, in order.
         running: ids of requests in progress.
@@ -99,6 +118,9 @@ class FakeEngine:
         self.step_s = 0.0
         self.finish: FinishReason | None = None
         self.gate: asyncio.Semaphore | None = None
+        self.message = "a secret"
+        self.moves = False
+        self.opened: list[tuple[Mapping[str, Any], tuple[int, ...], str]] = []
         self.alive = True
         self.is_stalled = False
         self.seen: list[Request] = []
@@ -109,6 +131,18 @@ class FakeEngine:
 
     def new_request_id(self, prefix: str) -> str:
         return f"{prefix}-{next(self._ids):08x}"
+
+    def open_transfer(
+        self, params: Mapping[str, Any], prompt_token_ids: tuple[int, ...], cache_salt: str
+    ) -> Transfer:
+        self.opened.append((params, prompt_token_ids, cache_salt))
+        if not self.moves:
+            raise RequestRefused("this server has no --kv-transfer-config", param="kv_transfer_params")
+        if params.get("do_remote_decode") is True:
+            return Transfer(lease=True)
+        if params.get("mac") == "good":
+            return Transfer(remote=REMOTE)
+        raise RequestRefused("not sealed by\na peer", param="kv_transfer_params")
 
     def stalled(self, seconds: float) -> bool:
         return self.is_stalled
@@ -161,6 +195,7 @@ class FakeEngine:
             ids = request.prompt_token_ids[1:]
             prompt_scores = (None, *(_scores(i, sampling.prompt_logprobs) for i in ids))
         hit = prompt_length // 2
+        external = prompt_length - hit if request.remote is not None else 0
         return Delta(
             request_id=request.request_id,
             index=index,
@@ -169,11 +204,14 @@ class FakeEngine:
             logprobs=scores,
             finish_reason=finish,
             stop_reason="." if finish is FinishReason.STOP else None,
-            message="a secret" if finish is FinishReason.ERROR else None,
-            prefill=PrefillStats(num_prompt_tokens=prompt_length, local_cache_hit=hit, external_kv_transfer=0)
+            message=self.message if finish is FinishReason.ERROR else None,
+            prefill=PrefillStats(
+                num_prompt_tokens=prompt_length, local_cache_hit=hit, external_kv_transfer=external
+            )
             if first
             else None,
             prompt_logprobs=prompt_scores,
+            kv_transfer_params=TERMS if request.lease and finish is not None and index == 0 else None,
         )
 
 
