@@ -6,6 +6,9 @@ generation grows when it is taken for new content, before its first byte can cha
 changes it.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterator
+
 import numpy as np
 
 from kv.types import DUMMY_PAGE
@@ -29,7 +32,7 @@ class Pages:
         self.generation = np.zeros(num_pages, np.uint32)
         self._cached = bytearray(num_pages)
         self._free = list(range(num_pages - 1, DUMMY_PAGE, -1))
-        self._idle: dict[int, None] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def usable(self) -> int:
@@ -60,6 +63,10 @@ class Pages:
         """Nobody holds the page, and the prefix cache knows it."""
         return page in self._idle
 
+    def idle_pages(self) -> Iterator[int]:
+        """Idle pages, the next to be evicted first. The pool must not change while it runs."""
+        return iter(self._idle)
+
     def take(self, count: int) -> tuple[list[int], list[int]]:
         """Takes pages for new content: free ones first, then the least recently used idle ones.
 
@@ -74,8 +81,7 @@ class Pages:
         taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
         evicted = []
         while len(taken) < count:
-            page = next(iter(self._idle))
-            del self._idle[page]
+            page, _ = self._idle.popitem(last=False)
             self._cached[page] = 0
             evicted.append(page)
             taken.append(page)
@@ -96,8 +102,11 @@ class Pages:
             del self._idle[page]
         self.refs[page] += 1
 
-    def release(self, page: int) -> None:
+    def release(self, page: int, *, front: bool = False) -> None:
         """Takes one holder away; the last one leaves the page idle if it is cached, else free.
+
+        Args:
+            front: an idle page is evicted next, not last: its holder only copied it, nobody used it.
 
         Raises:
             ValueError: nobody holds the page.
@@ -108,6 +117,8 @@ class Pages:
         if self.refs[page] == 0:
             if self._cached[page]:
                 self._idle[page] = None
+                if front:
+                    self._idle.move_to_end(page, last=False)
             else:
                 self._free.append(page)
 

@@ -18,7 +18,7 @@ class Query:
     """A waiting request, as a connector sees it.
 
     Attributes:
-        names: of the whole pages of all known tokens but the last, from the prompt's first page on.
+        names: of all whole pages of the known tokens, from the prompt's first page on.
         num_tokens: known tokens.
         num_computed: of these, on pages found locally or promised by a connector asked before; whole pages.
         remote: where a peer holds the prompt; None: nowhere, or it has been tried.
@@ -119,8 +119,12 @@ class Connector(Protocol):
         (or none) were chosen: then it gets the real pages all the same."""
         ...
 
-    def load_ended(self, offer_source: RemoteSource | HostSource) -> None:
-        """A load of this connector is over, well or not: its source is needed no more."""
+    def load_ended(self, source: RemoteSource | HostSource, num_pages: int | None = None) -> None:
+        """A load of this connector is over, well or not: its source is needed no more.
+
+        `num_pages`: leading positions that arrived good; a host tier forgets the page after them, whose bytes
+        are not what was stored. None: all, or not known.
+        """
         ...
 
     def offer(self, pages: FullPages) -> Sequence[StoreOrder]:
@@ -147,8 +151,8 @@ class Connector(Protocol):
         """(connector, outcome, pages) of stores since the last call; see `MoveNews.outcomes`."""
         ...
 
-    def tiers(self) -> Sequence[tuple[int, int, int, int]]:
-        """Per host tier: (connector, used slots, pinned slots, slots)."""
+    def tiers(self) -> Sequence[tuple[int, int, int, int, int]]:
+        """Per host tier: (connector, used slots, pinned slots, slots that a store fills, slots)."""
         ...
 
     def reset(self) -> None:

@@ -54,15 +54,15 @@ class PagesMachine(RuleBasedStateMachine):
             self.idle.remove(page)
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), front=st.booleans())
+    def release(self, data: st.DataObject, front: bool) -> None:
         page = data.draw(st.sampled_from(sorted(self.holders)))
-        self.pages.release(page)
+        self.pages.release(page, front=front)
         self.holders[page] -= 1
         if not self.holders[page]:
             del self.holders[page]
             if page in self.cached:
-                self.idle.append(page)
+                self.idle.insert(0 if front else len(self.idle), page)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -93,6 +93,7 @@ class PagesMachine(RuleBasedStateMachine):
         assert (self.pages.in_use, self.pages.idle, self.pages.free) == (
             len(self.holders), len(self.idle), len(self.free),
         )  # fmt: skip
+        assert list(self.pages.idle_pages()) == self.idle
         assert self.pages.available == len(self.idle) + len(self.free)
         assert self.pages.refs.tolist() == [self.holders.get(page, 0) for page in range(NUM_PAGES)]
         assert self.pages.generation.tolist() == self.generation.tolist()
