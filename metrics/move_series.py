@@ -47,10 +47,17 @@ class MoveSeries:
 
 
 def move_families(series: MoveSeries) -> tuple[Family, ...]:
-    """The families of `EngineSeries.extra`: pages by state always, the others with their connector."""
+    """The families of `EngineSeries.extra`: pages always, the others with their connector."""
     stats = series.stats
     return (
-        _labelled("kv_pages", "gauge", "KV pages by state.", "state", stats.pages.items()),
+        _labelled("kv_pages", "gauge", "All KV pages by state.", "state", stats.pages.by_state()),
+        _labelled(
+            "kv_pages_in_moves",
+            "gauge",
+            "KV pages in use that moves hold; one that two hold counts twice.",
+            "move",
+            stats.pages.in_moves(),
+        ),
         *_fetch(series),
         *(_nixl(stats.nixl, stats.pages.quarantined) if stats.nixl is not None else ()),
         *(_offload(stats.offload, series.offload_tiers) if stats.offload is not None else ()),

@@ -25,15 +25,17 @@ LOAD_STAGES = ("", "handshake", "transfer", "verify")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageStates:
-    """Pages of the pool by state, each page in exactly one, so that they sum to the pool (without the dummy).
+    """Pages of the pool. Free, idle and in use are all of them (but the dummy page), each once.
 
     Attributes:
         free: empty.
         idle: cached, held by nobody.
-        in_use: held by sequences and by no move.
-        loading, storing: a load writes them, a store reads them.
-        leased: kept for a peer.
-        quarantined: a load that is over may still write them.
+        in_use: held by sequences or moves.
+        loading, storing: held by loads, which write them, and by stores, which read them.
+        leased: held for peers.
+        quarantined: held because a load that is over may still write them.
+
+    What moves hold is part of `in_use`; a page that two moves hold counts for each.
 
     Raises:
         ValueError: a number is negative.
@@ -48,11 +50,20 @@ class PageStates:
     quarantined: int = 0
 
     def __post_init__(self) -> None:
-        _check_not_negative(self)
+        _check_not_negative(self.by_state(), self.in_moves())
 
-    def items(self) -> tuple[tuple[str, int], ...]:
-        """(state, pages) pairs."""
-        return tuple((item.name, getattr(self, item.name)) for item in fields(self))
+    def by_state(self) -> tuple[tuple[str, int], ...]:
+        """(state, pages) pairs that sum to the pool."""
+        return (("free", self.free), ("idle", self.idle), ("in_use", self.in_use))
+
+    def in_moves(self) -> tuple[tuple[str, int], ...]:
+        """(what for, pages) pairs of what moves hold."""
+        return (
+            ("loading", self.loading),
+            ("storing", self.storing),
+            ("leased", self.leased),
+            ("quarantined", self.quarantined),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +84,7 @@ class FetchStages:
     completed_waiting: int = 0
 
     def __post_init__(self) -> None:
-        _check_not_negative(self)
+        _check_not_negative(self.items())
 
     def items(self) -> tuple[tuple[str, int], ...]:
         """(stage, requests) pairs."""
@@ -282,6 +293,6 @@ def _merge_optional(left: Connector | None, right: Connector | None) -> Connecto
     return merge_fields(left, right)
 
 
-def _check_not_negative(gauges: PageStates | FetchStages) -> None:
-    if min(number for _, number in gauges.items()) < 0:
+def _check_not_negative(*gauges: tuple[tuple[str, int], ...]) -> None:
+    if any(number < 0 for group in gauges for _, number in group):
         raise ValueError(f"negative number in {gauges}")
