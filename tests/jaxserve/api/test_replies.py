@@ -109,6 +109,16 @@ def test_usage_adds_up(prefills: list[PrefillStats], completion_tokens: int) -> 
     assert details["cached_tokens"] + details["local_compute"] == prompt_tokens
 
 
+@settings(deadline=None, max_examples=100)
+@given(STATS, st.integers(0, 50))
+def test_a_peers_number_stands_for_cached_tokens_where_its_pages_came(stats: PrefillStats, peer: int) -> None:
+    """A load that brought nothing was no transfer; the three sources are ours in any case."""
+    ours = usage(stats.num_prompt_tokens, 1, [stats])["prompt_tokens_details"]
+    told = usage(stats.num_prompt_tokens, 1, [stats], peer_cached_tokens=peer)["prompt_tokens_details"]
+    assert isinstance(ours, dict) and isinstance(told, dict)
+    assert told == (ours | {"cached_tokens": peer} if stats.external_kv_transfer else ours)
+
+
 def steps(draw_tokens: list[list[int]]) -> list[Delta]:
     """A sequence's deltas: the first with prefill, the last with the reason of its end."""
     stats = PrefillStats(num_prompt_tokens=3, local_cache_hit=1, external_kv_transfer=0)
@@ -121,7 +131,10 @@ def steps(draw_tokens: list[list[int]]) -> list[Delta]:
         )
         for number, tokens in enumerate(draw_tokens)
     ]
-    return [*made[:-1], replace(made[-1], finish_reason=FinishReason.STOP, stop_reason=7)]
+    end = replace(
+        made[-1], finish_reason=FinishReason.STOP, stop_reason=7, kv_transfer_params={"remote_port": 1}
+    )
+    return [*made[:-1], end]
 
 
 TOKENS = st.lists(st.lists(st.sampled_from([1, 5]), max_size=3), min_size=1, max_size=8)
@@ -138,6 +151,7 @@ def test_merging_is_associative_and_loses_nothing(tokens: list[list[int]], data:
     assert whole.token_ids == tuple(token for step in tokens for token in step)
     assert (whole.finish_reason, whole.stop_reason) == (FinishReason.STOP, 7)
     assert whole.prefill is not None
+    assert whole.kv_transfer_params == {"remote_port": 1}
 
 
 @settings(deadline=None, max_examples=100)
@@ -174,5 +188,10 @@ def test_a_stream_says_what_the_whole_answer_says(
     assert [choice["finish_reason"] for choice in choices].count("stop") == 1
     assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", 7)
     assert chunks[-1]["usage"] == whole["usage"]
+    assert [chunk.get("kv_transfer_params") for chunk in chunks] == [
+        *[None] * (len(chunks) - 2),
+        whole["kv_transfer_params"],
+        None,
+    ]
     if return_ids:
         assert [i for choice in choices for i in choice.get("token_ids", ())] == expected["token_ids"]
