@@ -74,3 +74,7 @@ class PageCopies(Protocol):
     def write(self, pages: Sequence[int], rows: np.ndarray) -> None:
         """Copies rows into pages."""
         ...
+
+    def pool_moved(self, regions: Sequence[Region]) -> None:
+        """The pool lies elsewhere. No copy is under way: the driver has seen to it."""
+        ...
