@@ -104,7 +104,7 @@ def _read(old: NixlStats, load: LoadRecord) -> NixlStats:
     stats = replace(
         old,
         failed_reads=old.failed_reads + (load.stage in ("handshake", "transfer")),
-        stale_reads=old.stale_reads + (load.stage == "verify"),
+        stale_reads=old.stale_reads + (load.stage == "verify" and not load.digest_failures),
         digest_failures=old.digest_failures + load.digest_failures,
         retries=old.retries + load.retries,
     )

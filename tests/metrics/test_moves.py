@@ -173,7 +173,8 @@ def test_totals_agree_with_a_recount_of_the_history(history: list[Event]) -> Non
     assert stats.nixl.read_s.count == stats.nixl.post_s.count == len(complete)
     assert stats.nixl.read_bytes.sum == sum(load.num_bytes for load in complete)
     assert stats.nixl.descriptors.sum == sum(load.num_descriptors for load in complete)
-    assert stats.nixl.stale_reads == sum(load.stage == "verify" for load in reads)
+    refused = [load for load in reads if load.stage == "verify"]
+    assert stats.nixl.stale_reads == sum(load.digest_failures == 0 for load in refused)
     assert stats.nixl.digest_failures == sum(load.digest_failures for load in reads)
     assert stats.nixl.retries == sum(load.retries for load in reads)
     assert stats.nixl.failed_notifications == sum(not event.arguments for event in history)
@@ -206,6 +207,12 @@ def test_what_was_read_and_then_refused_was_read_all_the_same() -> None:
     nixl = observe_load(EMPTY, NIXL, load).nixl
     assert nixl is not None
     assert (nixl.read_bytes.sum, nixl.stale_reads, nixl.failed_reads) == (4096, 1, 0)
+
+
+def test_a_wrong_digest_is_no_stale_read() -> None:
+    nixl = observe_load(EMPTY, NIXL, LoadRecord(failed=True, stage="verify", digest_failures=3)).nixl
+    assert nixl is not None
+    assert (nixl.digest_failures, nixl.stale_reads) == (3, 0)
 
 
 def test_a_transfer_that_broke_is_no_completed_read() -> None:
