@@ -1,13 +1,15 @@
 """What engines say to each other on the side channel, and what of it travels through clients and routers.
 
 Messages are versioned MessagePack of typed structs; nothing else is ever decoded. Every frame is bounded and
-carries a MAC (see `kv.seal`), so that a stranger's bytes are refused before they mean anything.
+carries a MAC (see `kv.frames`), so that a stranger's bytes are refused before they mean anything.
 """
 
 import msgspec
 
 PROTOCOL = 1
 MAX_FRAME_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = MAX_FRAME_BYTES - 64
+"""A frame also carries a number and a MAC."""
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -120,11 +122,11 @@ def encode(message: Message) -> bytes:
     """A message as bytes.
 
     Raises:
-        WireError: longer than MAX_FRAME_BYTES.
+        WireError: longer than MAX_MESSAGE_BYTES.
     """
     data = _ENCODER.encode(message)
-    if len(data) > MAX_FRAME_BYTES:
-        raise WireError(f"a message of {len(data)} bytes; the limit is {MAX_FRAME_BYTES}")
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
     return data
 
 
@@ -134,8 +136,8 @@ def decode(data: bytes) -> Message:
     Raises:
         WireError: not a message of ours.
     """
-    if len(data) > MAX_FRAME_BYTES:
-        raise WireError(f"a message of {len(data)} bytes; the limit is {MAX_FRAME_BYTES}")
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
     try:
         return _DECODER.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
