@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve | generate | chat | bench | replay | convert | pull | collect-env`.
+"""The command line: `jaxserve serve | router | generate | chat | bench | replay | convert | pull | ...`.
 
 Flags have vLLM's names wherever the meaning is the same. Environment variables are read here, and by a
 library `Engine` for the place of the cache; nowhere else.
@@ -8,10 +8,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
-from jaxserve.cli import bench, models, replay, serve, talk
-from jaxserve.collect_env import report
 from jaxserve.config import ConfigError
 from jaxserve.outputs import EngineError, RequestRefused
 from jaxserve.weights.errors import WeightsError
@@ -19,31 +18,43 @@ from scheduler.record import RecordError
 
 USAGE_ERROR = 2
 
+COMMANDS = {
+    "serve": "jaxserve.cli.serve:add_parser",
+    "router": "jaxserve.cli.router:add_parser",
+    "generate": "jaxserve.cli.talk:add_parsers",
+    "chat": "jaxserve.cli.talk:add_parsers",
+    "bench": "jaxserve.cli.bench:add_parser",
+    "replay": "jaxserve.cli.replay:add_parser",
+    "convert": "jaxserve.cli.models:add_parsers",
+    "pull": "jaxserve.cli.models:add_parsers",
+    "collect-env": "jaxserve.cli.environment:add_parser",
+}
+"""What mounts each command, by name: only what is run is imported, so that the router starts without JAX."""
 
-def parser() -> argparse.ArgumentParser:
-    """All subcommands and their flags."""
+
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """All subcommands and their flags.
+
+    Args:
+        command: mount this one only; None, or a name that is no command: all.
+    """
     top = argparse.ArgumentParser(
         prog="jaxserve", description="Serve large language models with JAX, behind OpenAI's API."
     )
     top.add_argument("-v", "--version", action="version", version=f"jaxserve {version('jaxserve')}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    serve.add_parser(commands)
-    talk.add_parsers(commands)
-    bench.add_parser(commands)
-    replay.add_parser(commands)
-    models.add_parsers(commands)
-    environment = commands.add_parser(
-        "collect-env",
-        help="print versions and devices, for a bug report",
-        description="Print versions and devices.",
-    )
-    environment.set_defaults(run=_collect_env)
+    mounts = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+    for mount in mounts:
+        module, _, function = mount.partition(":")
+        getattr(import_module(module), function)(commands)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code: 2 for what the user can mend, 1 for the rest."""
-    args = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser(given[0] if given else None).parse_args(given)
+    args.given = given
     try:
         return args.run(args)
     except (ConfigError, WeightsError, RecordError, RequestRefused, EngineError) as error:
@@ -54,8 +65,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _collect_env(args: argparse.Namespace) -> int:
-    print(report())
-    return 0

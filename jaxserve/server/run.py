@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -12,7 +13,6 @@ from starlette.applications import Starlette
 from jaxserve.server.app import create_app
 from jaxserve.server.connection import connection_class
 from jaxserve.server.options import ServerOptions
-from jaxserve.server.status import Status
 from jaxserve.server.surface import EngineSurface
 
 logger = logging.getLogger(__name__)
@@ -65,10 +65,24 @@ def run(engine: EngineSurface, options: ServerOptions, sock: socket.socket | Non
     return server.exit_code
 
 
+class Drains(Protocol):
+    """What does the work behind a server."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Lets what runs finish within the time, then ends the rest."""
+        ...
+
+
+class Accepts(Protocol):
+    """Whether a server takes new work; an application's `state.status`."""
+
+    draining: bool
+
+
 class Server(uvicorn.Server):
     """uvicorn's server with our way of ending."""
 
-    def __init__(self, app: Starlette, engine: EngineSurface, options: ServerOptions) -> None:
+    def __init__(self, app: Starlette, engine: Drains, options: ServerOptions) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -87,7 +101,7 @@ class Server(uvicorn.Server):
             )
         )
         self.exit_code = 0
-        self._status: Status = app.state.status
+        self._status: Accepts = app.state.status
         self._engine = engine
         self._options = options
         self._loop: asyncio.AbstractEventLoop | None = None
