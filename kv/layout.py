@@ -1,7 +1,7 @@
 """How the host tier's region is laid out, and how many pages fit. Pure.
 
 One region: `[page][rank][layer, k/v, head, slot]`. A host page is the concatenation of what each rank (a
-shard of the KV heads) holds of a device page: one page of one rank is one contiguous range, a page is one row.
+shard of the KV heads) holds of a device page: one page of one rank is one contiguous range, a page one row.
 """
 
 from dataclasses import dataclass
