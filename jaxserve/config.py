@@ -1,10 +1,10 @@
 """Every option of the engine in one frozen value, checked once, before anything is loaded."""
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kv.auth import AuthKeyError, require_explicit_key
 from kv.config import NIXL, ConnectorConfig, nixl_leaf
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -125,23 +125,15 @@ class EngineConfig:
             raise ConfigError(
                 f"--nixl-side-channel-host {host}: peers are told this address and must be able to use it"
             )
-        if self.kv_auth_key_file is None and not _is_loopback(host):
-            raise ConfigError(
-                f"--nixl-side-channel-host {host}: beyond this machine, --kv-auth-key-file must name the key "
-                "that the engines share"
-            )
+        try:
+            require_explicit_key(host, self.kv_auth_key_file is not None)
+        except AuthKeyError as error:
+            raise ConfigError(f"--nixl-side-channel-host: {error}") from error
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names that clients may use, the main one first."""
         return self.served_model_name or (self.model,)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from jaxserve.config import ConfigError
 from jaxserve.outputs import EngineError, RequestRefused
@@ -32,15 +33,26 @@ COMMANDS = {
 """What mounts each command, by name: only what is run is imported, so that the router starts without JAX."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains of unknown flags itself: argparse leaves that to the topmost parser and shows its usage."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """As argparse, but nothing may be left over."""
+        known, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return known, left
+
+
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """All subcommands and their flags.
 
     Args:
         command: mount this one only; None, or a name that is no command: all.
     """
-    top = argparse.ArgumentParser(
-        prog="jaxserve", description="Serve large language models with JAX, behind OpenAI's API."
-    )
+    top = _Parser(prog="jaxserve", description="Serve large language models with JAX, behind OpenAI's API.")
     top.add_argument("-v", "--version", action="version", version=f"jaxserve {version('jaxserve')}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     mounts = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())

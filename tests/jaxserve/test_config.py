@@ -105,3 +105,14 @@ def test_python_takes_what_parse_returns(value: Any) -> None:
 
 def test_nixl_needs_no_prefix_cache() -> None:
     assert configured("--kv-transfer-config", PRODUCER, "--no-enable-prefix-caching").kv_transfer
+
+
+@pytest.mark.parametrize("command", [["serve"], ["bench", "serve"]])
+def test_an_unknown_flag_shows_the_usage_of_its_command(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--no-such-flag"])
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: jaxserve {' '.join(command)} ")
+    assert "--no-such-flag" in said
