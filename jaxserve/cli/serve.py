@@ -7,6 +7,7 @@ import os
 import sys
 from importlib.metadata import version
 
+from jaxserve.cli.disaggregated import run_disaggregated
 from jaxserve.cli.flags import add_engine, add_model, engine_config, model_of
 from jaxserve.config import ConfigError
 from jaxserve.engine import Engine
@@ -42,6 +43,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--disable-log-stats", action="store_true", help="no line of statistics every ten seconds")
     add("--log-level", "--uvicorn-log-level", dest="log_level", default="info",
         choices=("debug", "info", "warning", "error"), help="default %(default)s")  # fmt: skip
+    add("--disaggregated", action=argparse.BooleanOptionalAction, default=False,
+        help="for trying it out: a prefill server and a decode server behind a router, on this machine; "
+        "both get the other flags")  # fmt: skip
     add_engine(parser)
     parser.set_defaults(run=lambda args: _serve(args, parser))
 
@@ -55,6 +59,8 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         force=True,  # a library that we import has set up the root logger
     )
     logging.getLogger("jaxserve").setLevel(args.log_level.upper())
+    if args.disaggregated:
+        return run_disaggregated(args)
     config = engine_config(
         args,
         model_of(args, parser),
