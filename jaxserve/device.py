@@ -21,6 +21,7 @@ from jaxserve.forward import Geometry, Programs
 from jaxserve.sample import Sampled, SlotState, init_slots, pack_slot, unpack_sampled
 from jaxserve.weights.load import Loaded
 from kv import pool
+from kv.driver import Region
 from kv.types import KvSpec
 from scheduler.types import Outcome, Plan, SamplingParams
 
@@ -117,6 +118,7 @@ class Device:
         self.buckets = decode_buckets(max_num_seqs) + mixed_buckets(max_num_batched_tokens, max_num_seqs)
         self._pages, self._slots = self._allocate()
         self.pool_moves = 0
+        self._known_address: int | None = pool.pointer(self._pages)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
 
     def compile(
@@ -201,6 +203,25 @@ class Device:
         outcome = Outcome(step_id=pending.step_id, tokens=np.asarray(sampled.tokens))
         return Executed(outcome=outcome, sampled=sampled, spans=spans)
 
+    @property
+    def pages(self) -> jax.Array:
+        """The page buffer as the last dispatched step leaves it; donated to the next."""
+        return self._pages
+
+    def put_pages(self, pages: jax.Array) -> None:
+        """Another program has updated the page buffer between steps. For the loop's thread."""
+        self._pages = pages
+
+    def regions(self) -> tuple[Region, ...]:
+        """Where the page buffer lies, per shard."""
+        return pool.regions(self._pages, self._spec.page_bytes)
+
+    def pool_changed(self) -> bool:
+        """Whether the buffer lies elsewhere, or was made anew, since the last call."""
+        address = pool.pointer(self._pages)
+        changed, self._known_address = address != self._known_address, address
+        return changed
+
     def _launch(
         self, bucket: Bucket, packed: np.ndarray, spans: Sequence[PromptSpan]
     ) -> tuple[jax.Array, list[tuple[PromptSpan, tuple[jax.Array, ...]]]]:
@@ -231,6 +252,7 @@ class Device:
     def _recover(self) -> None:
         """A failed program may have consumed what was donated to it: all of it is lost."""
         self._pages, self._slots = self._allocate()
+        self._known_address = None  # the new buffer may lie where the old one was: it is new all the same
 
     def _allocate(self) -> tuple[jax.Array, SlotState]:
         """Pages and slot state, bound to the device: unbound arrays would compile each program twice."""

@@ -17,10 +17,11 @@ class Arrived:
     requests: deque[LiveRequest] = field(default_factory=deque)
     aborts: deque[str] = field(default_factory=deque)
     resets: list[Callable[[], None]] = field(default_factory=list)
+    nudged: bool = False
     closing: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.requests or self.aborts or self.resets or self.closing)
+        return bool(self.requests or self.aborts or self.resets or self.nudged or self.closing)
 
 
 class Inbox:
@@ -103,11 +104,18 @@ class Inbox:
             self._arrived.closing = True
             self._changed.notify_all()
 
-    def collect(self, *, block: bool) -> Arrived:
-        """What arrived since the last call; with `block`, waits until something has."""
+    def nudge(self) -> None:
+        """Something happened to a move: the loop should look."""
+        with self._changed:
+            if not self._arrived.nudged:
+                self._arrived.nudged = True
+                self._changed.notify_all()
+
+    def collect(self, *, block: bool, timeout_s: float | None = None) -> Arrived:
+        """What arrived since the last call; with `block`, waits until something has, at most `timeout_s`."""
         with self._changed:
             if block:
-                self._changed.wait_for(lambda: bool(self._arrived))
+                self._changed.wait_for(lambda: bool(self._arrived), timeout_s)
             arrived, self._arrived = self._arrived, Arrived()
         return arrived
 

@@ -10,7 +10,7 @@ error in one request ends that request; an error of a step ends the step's reque
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,11 +18,15 @@ import numpy as np
 
 from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.inbox import Arrived, Inbox
+from jaxserve.movers import Movers
 from jaxserve.report import News, Owner, Reporter
 from jaxserve.sequence import LiveRequest, LiveSequence, Sink, error_end
 from jaxserve.text import Tokenizer
+from kv.driver import Region
+from kv.moves import Event
 from metrics.engine import EngineStats
 from metrics.log_line import format_log_line, was_busy
+from metrics.moves import MoveStats
 from scheduler.state import initial_state
 from scheduler.step import step
 from scheduler.types import FinishReason, Inputs, Limits, Plan, Request, SchedulerConfig, Stop
@@ -31,6 +35,12 @@ logger = logging.getLogger("jaxserve")
 
 LOG_INTERVAL_S = 10.0
 
+HELD_BACK_S = 0.002
+"""Between looks while every running sequence waits for pages that are being stored."""
+
+CLOCK_GRAIN_S = 0.001
+"""Added to a wait for a deadline, so that it has passed when the wait is over."""
+
 
 class DeviceDriver(Protocol):
     """What the loop needs of a device; the simulator's satisfies it too."""
@@ -38,6 +48,14 @@ class DeviceDriver(Protocol):
     def start(self, plan: Plan, setups: list[SlotSetup], spans: list[PromptSpan]) -> Pending: ...
 
     def wait(self, pending: Pending) -> Executed: ...
+
+    def pool_changed(self) -> bool:
+        """Whether the page buffer lies elsewhere than at the last call."""
+        ...
+
+    def regions(self) -> tuple[Region, ...]:
+        """Where it lies, per shard."""
+        ...
 
 
 Recorder = Callable[[Inputs, Plan], None]
@@ -68,20 +86,25 @@ class EngineLoop:
         tokenizer: Tokenizer,
         *,
         max_num_queued_reqs: int,
+        movers: Movers | None = None,
         recorder: Recorder | None = None,
         log_stats: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         nothing = EngineStats.empty(config.max_model_len)
+        self._movers = movers = movers or Movers()
         self._limits, self._device, self._tokenizer = limits, device, tokenizer
         self._recorder, self._clock = recorder, clock
         self._state = initial_state(config)
         self._owners: dict[int, Owner] = {}
         self.inbox = Inbox(max_num_queued_reqs=max_num_queued_reqs, rejections=nothing.rejections)
-        self._reporter = Reporter(nothing, abort=self.inbox.abort, forget=self.inbox.forget)
+        self._reporter = Reporter(nothing, movers, abort=self.inbox.abort, forget=self.inbox.forget)
         self._busy_since: float | None = None
         self._logged = (clock(), nothing)
         self._log_stats = log_stats
+        self._pause: float | None = None
+        self._leases = 0
+        movers.begin(self.inbox.nudge)
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         self._thread.start()
 
@@ -99,6 +122,16 @@ class EngineLoop:
         """Work is at hand, but no step was completed for that long."""
         since = self._busy_since
         return since is not None and self._clock() - since > seconds
+
+    @property
+    def move_stats(self) -> MoveStats:
+        """What was counted of moves."""
+        return self._reporter.moves
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that peers have not read yet."""
+        return self._leases
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Takes a request in; its deltas go to `sink`, on the loop's thread.
@@ -128,10 +161,10 @@ class EngineLoop:
         under_way: UnderWay | None = None
         try:
             while True:
-                idle = under_way is None and not self._state.sequences
+                idle = under_way is None and self._pause != 0.0
                 if idle:
                     self._busy_since = None
-                arrived = self.inbox.collect(block=idle)
+                arrived = self.inbox.collect(block=idle, timeout_s=self._pause)
                 if arrived.closing:
                     break
                 if idle:
@@ -140,10 +173,16 @@ class EngineLoop:
         except BaseException:
             logger.exception("the engine loop has ended")
         finally:
+            self._movers.close()
             self._tell_the_rest()
 
     def _turn(self, under_way: UnderWay | None, arrived: Arrived) -> UnderWay | None:
         executed = None if under_way is None else self._device.wait(under_way.pending)
+        failed = executed is not None and executed.outcome.error is not None
+        moved = self._device.pool_changed()
+        if moved:
+            self._movers.pool_moved(self._device.regions())
+        events = self._movers.poll()
         now = self._clock()
         inputs = Inputs(
             arrivals=tuple(live.request for live in arrived.requests),
@@ -151,12 +190,16 @@ class EngineLoop:
             stops=() if executed is None or under_way is None else self._host_stops(under_way.plan, executed),
             outcome=None if executed is None else executed.outcome,
             reset_prefix_cache=bool(arrived.resets),
+            events=tuple(events),
+            pool_moved=moved and not failed,
+            now_s=now,
         )
         self._state, plan = step(self._state, inputs, self._limits)
         if self._recorder is not None:
             self._recorder(inputs, plan)
-        news = self._news(under_way, executed, plan, now)
+        news = self._news(under_way, executed, plan, events, now)
         started = self._start(plan, now)
+        self._movers.start(plan.moves.commands)
         self._reporter.report(news)
         for done in arrived.resets:
             done()
@@ -164,10 +207,28 @@ class EngineLoop:
         for request_id in {request.request_id for request in inputs.arrivals}.intersection(inputs.aborts):
             self.inbox.abort(request_id)
         self._busy_since = now
+        self._leases = plan.moves.gauges.leases
+        self._pause = None if started is not None else self._how_long(plan, now)
         self._maybe_log(now)
         return started
 
-    def _news(self, under_way: UnderWay | None, executed: Executed | None, plan: Plan, now: float) -> News:
+    def _how_long(self, plan: Plan, now: float) -> float | None:
+        """How long nothing will happen by itself after a step that ran nothing; None: for ever."""
+        if plan.preempted or plan.finished:
+            return 0.0
+        if plan.gauges.running:  # they wait for pages that a store gives back
+            return HELD_BACK_S
+        deadline = plan.moves.next_deadline_s
+        return None if deadline is None else max(0.0, deadline - now) + CLOCK_GRAIN_S
+
+    def _news(
+        self,
+        under_way: UnderWay | None,
+        executed: Executed | None,
+        plan: Plan,
+        events: Sequence[Event],
+        now: float,
+    ) -> News:
         """Who is concerned by what happened, while slots still belong to them."""
         ran = None
         if under_way is not None and executed is not None and executed.sampled is not None:
@@ -181,6 +242,7 @@ class EngineLoop:
             accepted=tuple((self._owners[int(slot)], int(row)) for slot, row in accepted),
             prefilled=tuple(self.inbox.live(entry.request_id) for entry in plan.prefilled),
             ended=tuple((entry, self.inbox.live(entry.request_id)) for entry in plan.finished),
+            events=tuple(events),
             now=now,
         )
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxserve.device import Executed
+from jaxserve.movers import Movers
 from jaxserve.outputs import Delta, TokenLogprobs
+from jaxserve.report_moves import observe_events, observe_plan
 from jaxserve.sample import Sampled
 from jaxserve.sequence import LiveRequest, LiveSequence, error_end
+from kv.moves import Event
 from metrics.engine import EngineStats
+from metrics.moves import MoveStats
 from metrics.observe import observe_finished, observe_first_token, observe_prefill, observe_step
 from metrics.records import Gauges, StepRecord
 from scheduler.types import Finished, FinishReason, Plan
@@ -32,6 +36,7 @@ class News:
         accepted: owner and row in `ran` of each accepted token.
         prefilled: the requests of `plan.prefilled`.
         ended: each end with its request; None: the request is gone.
+        events: of moves, since the last turn.
         now: monotonic seconds at which the outcome was there.
     """
 
@@ -42,6 +47,7 @@ class News:
     accepted: tuple[tuple[Owner, int], ...]
     prefilled: tuple[LiveRequest | None, ...]
     ended: tuple[tuple[Finished, LiveRequest | None], ...]
+    events: tuple[Event, ...]
     now: float
 
 
@@ -50,16 +56,20 @@ class Reporter:
 
     Attributes:
         stats: everything counted so far; replaced, never changed.
+        moves: the same of moves.
     """
 
     def __init__(
         self,
         stats: EngineStats,
+        movers: Movers,
         *,
         abort: Callable[[str], None],
         forget: Callable[[LiveRequest], None],
     ) -> None:
         self.stats = stats
+        self.moves = MoveStats.empty(movers.kinds)
+        self._movers = movers
         self._abort = abort
         self._forget = forget
         self._over: list[LiveRequest] = []
@@ -87,6 +97,8 @@ class Reporter:
             if live is not None and (entry.request_id, entry.index) in ends:
                 self._send_end(live, entry, news.now)
         self.stats = observe_step(self.stats, step_record(news, gaps))
+        self.moves = observe_events(self.moves, news.events, self._movers.kind_of)
+        self.moves = observe_plan(self.moves, news.plan, self._movers.kinds)
         over, self._over = self._over, []
         for live in over:
             self._forget(live)
@@ -119,11 +131,21 @@ class Reporter:
             if not sequence.has_stops:
                 sequence.read(token)
             text = sequence.take_text(final=ended is not None)
+            terms = None if ended is None else ended.lease
+            params = None if terms is None else self._movers.params(terms, live.request)
         except Exception:
             self._lose(live, sequence.index, ended, now)
             return
         self._deliver(
-            live, live.delta(sequence.index, text=text, token_ids=(token,), logprobs=logprobs, ended=ended)
+            live,
+            live.delta(
+                sequence.index,
+                text=text,
+                token_ids=(token,),
+                logprobs=logprobs,
+                ended=ended,
+                kv_transfer_params=params,
+            ),
         )
         if ended is not None:
             self._close(live, ended, now)
@@ -205,7 +227,8 @@ def step_record(news: News, gaps: list[float]) -> StepRecord:
     return StepRecord(
         gauges=Gauges(
             running=gauges.running,
-            waiting_capacity=gauges.waiting,
+            waiting_capacity=gauges.waiting - gauges.loading,
+            waiting_deferred=gauges.loading,
             pages_used=gauges.pages_in_use,
             pages_total=gauges.pages_in_use + gauges.pages_idle + gauges.pages_free,
         ),
@@ -215,6 +238,17 @@ def step_record(news: News, gaps: list[float]) -> StepRecord:
         preemptions=len(plan.preempted),
         prefix_queries=sum(entry.queried_tokens for entry in looked_up),
         prefix_hits=sum(entry.hit_tokens for entry in looked_up if entry.queried_tokens),
+        external_queries=sum(entry.queried_tokens for entry in plan.moves.promised),
+        external_hits=_by_tier(plan),
         corrupted=corrupted,
         inter_token_s=np.asarray(gaps, np.float64),
     )
+
+
+def _by_tier(plan: Plan) -> tuple[tuple[str, int], ...]:
+    """Tokens that connectors promised in a step, by tier."""
+    tokens: dict[str, int] = {}
+    for entry in plan.moves.promised:
+        for tier, count in entry.promised:
+            tokens[tier] = tokens.get(tier, 0) + count
+    return tuple(tokens.items())

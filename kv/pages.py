@@ -22,7 +22,7 @@ class Pages:
         generation: uint32 `[P]`, grows at each take.
     """
 
-    __slots__ = ("_cached", "_free", "_idle", "generation", "refs")
+    __slots__ = ("_borrowed", "_cached", "_free", "_idle", "generation", "refs")
 
     def __init__(self, num_pages: int) -> None:
         """Raises: ValueError: no page is left beside the dummy page."""
@@ -33,6 +33,7 @@ class Pages:
         self._cached = bytearray(num_pages)
         self._free = list(range(num_pages - 1, DUMMY_PAGE, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._borrowed: set[int] = set()
 
     @property
     def usable(self) -> int:
@@ -42,7 +43,7 @@ class Pages:
     @property
     def available(self) -> int:
         """Pages that can be taken now."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + self.idle
 
     @property
     def free(self) -> int:
@@ -52,7 +53,7 @@ class Pages:
     @property
     def idle(self) -> int:
         """Pages that nobody holds and the prefix cache knows."""
-        return len(self._idle)
+        return len(self._idle) - len(self._borrowed)
 
     @property
     def in_use(self) -> int:
@@ -61,11 +62,11 @@ class Pages:
 
     def is_idle(self, page: int) -> bool:
         """Nobody holds the page, and the prefix cache knows it."""
-        return page in self._idle
+        return page in self._idle and page not in self._borrowed
 
     def idle_pages(self) -> Iterator[int]:
         """Idle pages, the next to be evicted first. The pool must not change while it runs."""
-        return iter(self._idle)
+        return (page for page in self._idle if page not in self._borrowed)
 
     def take(self, count: int) -> tuple[list[int], list[int]]:
         """Takes pages for new content: free ones first, then the least recently used idle ones.
@@ -81,7 +82,8 @@ class Pages:
         taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
         evicted = []
         while len(taken) < count:
-            page, _ = self._idle.popitem(last=False)
+            page = next(self.idle_pages())
+            del self._idle[page]
             self._cached[page] = 0
             evicted.append(page)
             taken.append(page)
@@ -100,13 +102,25 @@ class Pages:
             if page not in self._idle:
                 raise ValueError(f"page {page} is neither in use nor idle")
             del self._idle[page]
+        elif page in self._borrowed:
+            self._borrowed.discard(page)
+            del self._idle[page]
         self.refs[page] += 1
 
-    def release(self, page: int, *, front: bool = False) -> None:
-        """Takes one holder away; the last one leaves the page idle if it is cached, else free.
+    def borrow(self, page: int) -> None:
+        """Adds a holder that only copies the page: an idle one keeps its place in the order of eviction.
 
-        Args:
-            front: an idle page is evicted next, not last: its holder only copied it, nobody used it.
+        Raises:
+            ValueError: the page is free or the dummy.
+        """
+        if self.refs[page] == 0:
+            if page not in self._idle:
+                raise ValueError(f"page {page} is neither in use nor idle")
+            self._borrowed.add(page)
+        self.refs[page] += 1
+
+    def release(self, page: int) -> None:
+        """Takes one holder away; the last one leaves the page idle if it is cached, else free.
 
         Raises:
             ValueError: nobody holds the page.
@@ -115,10 +129,10 @@ class Pages:
             raise ValueError(f"page {page} is released but nobody holds it")
         self.refs[page] -= 1
         if self.refs[page] == 0:
-            if self._cached[page]:
+            if page in self._borrowed:
+                self._borrowed.discard(page)
+            elif self._cached[page]:
                 self._idle[page] = None
-                if front:
-                    self._idle.move_to_end(page, last=False)
             else:
                 self._free.append(page)
 
@@ -133,7 +147,10 @@ class Pages:
         self._cached[page] = 0
         if page in self._idle:
             del self._idle[page]
-            self._free.append(page)
+            if page in self._borrowed:
+                self._borrowed.discard(page)
+            else:
+                self._free.append(page)
 
     def check(self) -> None:
         """Recounts the laws of conservation.
@@ -141,7 +158,9 @@ class Pages:
         Raises:
             AssertionError: a page is in no state or in two.
         """
-        free, idle = set(self._free), set(self._idle)
+        free, idle = set(self._free), set(self.idle_pages())
+        if not self._borrowed <= set(self._idle):
+            raise AssertionError("a borrowed page has no place in the order of eviction")
         if len(free) != len(self._free):
             raise AssertionError("a page is free twice")
         for page in range(len(self.refs)):

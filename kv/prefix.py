@@ -74,6 +74,14 @@ class PrefixCache:
         group, name = self._key_of.pop(page)
         del self._page_of[group][name]
 
+    def key_of(self, page: int) -> tuple[int, bytes]:
+        """Group and name of a page that is here.
+
+        Raises:
+            KeyError: the page is not in the cache.
+        """
+        return self._key_of[page]
+
     def clear(self) -> list[int]:
         """Forgets everything; returns the pages that were known."""
         pages = list(self._key_of)

@@ -58,6 +58,11 @@ class Tier:
         return self._held * self.pages_per_chunk
 
     @property
+    def storing(self) -> int:
+        """Slots of chunks that a store fills now."""
+        return self._storing.count(1) * self.pages_per_chunk
+
+    @property
     def free_chunks(self) -> int:
         """Chunks that can be reserved without evicting anything."""
         return len(self._free)

@@ -6,8 +6,18 @@ import heapq
 import numpy as np
 
 from kv import prefix
+from kv.connectors.base import Later
 from kv.types import DUMMY_PAGE
 from scheduler.fill import Batch, take_pages
+from scheduler.moves import (
+    attribute,
+    lookup,
+    meet_peer,
+    not_loaded,
+    pages_fetched,
+    pages_to_load,
+    start_loads,
+)
 from scheduler.settle import end
 from scheduler.state import NO_TOKEN, SchedulerState, Sequence, Status, peek_waiting, push_waiting
 from scheduler.types import Admitted, Finished, FinishReason, Limits, Request, SchedulerConfig
@@ -35,6 +45,7 @@ def enqueue(state: SchedulerState, arrivals: tuple[Request, ...], limits: Limits
         state.sequences[request.request_id, 0] = sequence
         problem = never_fits(config, limits, request)
         if problem is None:
+            meet_peer(state, sequence)
             push_waiting(state, sequence)
         else:
             refused.append(end(state, sequence, FinishReason.ERROR, message=problem))
@@ -85,22 +96,40 @@ def pages_of(config: SchedulerConfig, limits: Limits, tokens: int) -> int:
 
 
 def admit(state: SchedulerState, batch: Batch, limits: Limits) -> list[Admitted]:
-    """Admits waiting sequences in order while budget, slots and pages last. Nobody overtakes."""
-    admitted = []
+    """Admits sequences while budget, slots and pages last: first those whose pages have been brought, which
+    hold them already, then those that wait, in order. Nobody overtakes but those who must be asked again."""
+    admitted = [
+        _place_fetched(state, batch, sequence)
+        for sequence in tuple(state.fetched[: min(len(state.free_slots), _seats(state, limits))])
+    ]
     reserved = _unfilled(state, limits)
-    while batch.budget > 0 and state.free_slots and len(state.running) < limits.max_num_seqs:
+    later: list[Sequence] = []
+    while batch.budget > 0 and state.free_slots and _seats(state, limits) > 0:
         sequence = peek_waiting(state)
         if sequence is None:
             break
         queried, found = _lookup(state, sequence)
         hit = len(found[0]) * state.config.page_size
+        reads = sequence.index == 0 and not _reads_off(sequence)
+        offers = lookup(state, sequence, hit) if reads else ()
+        if isinstance(offers, Later):
+            heapq.heappop(state.waiting)
+            later.append(sequence)
+            continue
         idle = sum(state.pages.is_idle(page) for pages in found for page in pages)
         total = pages_of(state.config, limits, len(sequence.tokens))
         needed = max(0, total - sum(page != DUMMY_PAGE for pages in found for page in pages))
+        needed = max(needed, pages_to_load(state, offers))
         growth = len(state.config.windows) if state.running else 0
         if needed + idle + reserved + growth > state.pages.available:
             break
         heapq.heappop(state.waiting)
+        before = state.pages.available
+        if offers:
+            start_loads(state, sequence, found, offers, queried)
+            reserved += needed - (before - idle - state.pages.available)
+            continue
+        not_loaded(state, sequence, hit)
         slot = _place(state, sequence, found, hit)
         chunk = min(len(sequence.tokens) - hit, batch.budget)
         before = state.pages.available
@@ -109,18 +138,47 @@ def admit(state: SchedulerState, batch: Batch, limits: Limits) -> list[Admitted]
             take_pages(state, slot, pages)
         reserved += needed - (before - state.pages.available)
         batch.add(np.array([slot], np.int32), np.array([chunk], np.int32))
-        request = sequence.request
-        admitted.append(
-            Admitted(
-                request_id=request.request_id,
-                index=sequence.index,
-                slot=slot,
-                queried_tokens=queried,
-                hit_tokens=hit,
-                resumed=sequence.preemptions > 0,
-            )
-        )
+        admitted.append(_admitted(sequence, slot, queried, hit))
+    for sequence in later:
+        push_waiting(state, sequence)
     return admitted
+
+
+def _seats(state: SchedulerState, limits: Limits) -> int:
+    """Sequences that may still get a slot."""
+    return limits.max_num_seqs - len(state.running)
+
+
+def _admitted(sequence: Sequence, slot: int, queried: int, hit: int, loaded: int = 0) -> Admitted:
+    return Admitted(
+        request_id=sequence.request.request_id,
+        index=sequence.index,
+        slot=slot,
+        queried_tokens=queried,
+        hit_tokens=hit,
+        loaded_tokens=loaded,
+        resumed=sequence.preemptions > 0,
+    )
+
+
+def _place_fetched(state: SchedulerState, batch: Batch, sequence: Sequence) -> Admitted:
+    """Gives a slot to a sequence whose loads have ended. If its first chunk finds no room, it runs later."""
+    fetch = sequence.fetch
+    if fetch is None:
+        raise ValueError(f"nothing was fetched for request {sequence.request.request_id}")
+    state.fetched.remove(sequence)
+    sequence.fetch = None
+    for tier, end in fetch.sources:
+        attribute(sequence, tier, end)
+    slot = _place(state, sequence, fetch.pages, fetch.tokens)
+    chunk = min(len(sequence.tokens) - fetch.tokens, batch.budget)
+    pages = -(-(fetch.tokens + chunk) // state.config.page_size) - int(state.columns.num_pages[slot])
+    if chunk > 0 and pages * len(state.config.windows) <= state.pages.available:
+        if pages > 0:
+            take_pages(state, slot, pages)
+        batch.add(np.array([slot], np.int32), np.array([chunk], np.int32))
+    loaded = fetch.sources[-1][1] - fetch.hit
+    return _admitted(sequence, slot, fetch.queried, fetch.hit, loaded)
 
 
 def _unfilled(state: SchedulerState, limits: Limits) -> int:
@@ -131,6 +189,8 @@ def _unfilled(state: SchedulerState, limits: Limits) -> int:
     for slot in slots[columns.num_tokens[slots] - columns.num_computed[slots] > 1]:
         held = groups * int(columns.num_pages[slot]) - sum(int(first[slot]) for first in columns.first_page)
         total += max(0, pages_of(state.config, limits, int(columns.num_tokens[slot])) - held)
+    for sequence in (*state.loading.values(), *state.fetched):
+        total += max(0, pages_of(state.config, limits, len(sequence.tokens)) - pages_fetched(state, sequence))
     return total
 
 
@@ -141,20 +201,31 @@ def _lookup(state: SchedulerState, sequence: Sequence) -> tuple[int, list[list[i
         Tokens looked up (0: reads are off), and per group the pages found.
     """
     config = state.config
-    wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
-    if wants_logprobs and sequence.index == 0 and not sequence.prefilled:
+    if _reads_off(sequence):
         return 0, [[] for _ in config.windows]
-    whole = (len(sequence.tokens) - 1) // config.page_size
-    if len(sequence.names) <= whole:
-        done = len(sequence.names) - 1
-        tail = sequence.tokens[done * config.page_size : whole * config.page_size]
+    known, whole = len(sequence.tokens), (len(sequence.tokens) - 1) // config.page_size
+    done = len(sequence.names) - 1
+    if done < known // config.page_size:
+        tail = sequence.tokens[done * config.page_size :]
         sequence.names += prefix.extend(sequence.names[-1], tail, config.page_size)
     found = state.prefix.match(sequence.names[1 : whole + 1], config.windows, config.page_size)
     return len(sequence.tokens) if config.enable_prefix_caching else 0, found
 
 
-def _place(state: SchedulerState, sequence: Sequence, found: list[list[int]], hit: int) -> int:
-    """Gives the sequence a slot, its shared pages and its numbers. Returns the slot."""
+def _reads_off(sequence: Sequence) -> bool:
+    """Every prompt position must be computed: their log-probabilities are wanted."""
+    wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
+    return wants_logprobs and sequence.index == 0 and not sequence.prefilled
+
+
+def _place(state: SchedulerState, sequence: Sequence, found: list[list[int]], computed: int) -> int:
+    """Gives the sequence a slot, its pages and its numbers. Returns the slot.
+
+    Args:
+        found: per group, a local hit that is to be shared, or, for a sequence whose loads have ended, pages
+            that are its own already.
+        computed: tokens that are usable on them.
+    """
     columns, config = state.columns, state.config
     slot = heapq.heappop(state.free_slots)
     request, sampling = sequence.request, sequence.request.sampling
@@ -162,25 +233,25 @@ def _place(state: SchedulerState, sequence: Sequence, found: list[list[int]], hi
     for table, first, shared in zip(columns.page_tables, columns.first_page, found, strict=True):
         table[slot, :pages] = shared
         first[slot] = sum(page == DUMMY_PAGE for page in shared)
-        for page in shared[int(first[slot]) :]:
-            state.pages.share(page)
+        if sequence.status is Status.WAITING:
+            for page in shared[int(first[slot]) :]:
+                state.pages.share(page)
     prompt = len(request.prompt_token_ids)
     columns.tokens[slot, :known] = sequence.tokens
     columns.num_tokens[slot] = known
     columns.num_prompt[slot] = prompt
-    columns.num_computed[slot] = hit
+    columns.num_computed[slot] = computed
     columns.high_water[slot] = sequence.high_water
     columns.max_tokens[slot] = total_tokens(config, request)
     columns.min_tokens[slot] = prompt + sampling.min_tokens
-    columns.num_pages[slot] = columns.named_pages[slot] = pages
+    columns.num_pages[slot] = pages
+    columns.named_pages[slot] = computed // config.page_size
     _set_stops(state, slot, sampling.stop_token_ids + (() if sampling.ignore_eos else request.eos_token_ids))
     columns.epochs[slot] += 1
     state.by_slot[slot] = sequence
     sequence.slot, sequence.status = slot, Status.RUNNING
     bisect.insort(state.running, sequence, key=lambda other: other.order)
-    if not sequence.prefilled and sequence.index == 0:
-        sequence.hit += max(0, min(hit, prompt) - sequence.settled)
-        sequence.settled = max(sequence.settled, hit)
+    attribute(sequence, None, computed)
     return slot
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kv.types import DUMMY_PAGE
+from scheduler.moves import returning
 from scheduler.preempt import make_room
 from scheduler.state import SchedulerState, Sequence
 from scheduler.types import Preempted, Rows
@@ -18,12 +19,14 @@ class Batch:
         budget: tokens that may still be spent.
         slots, lens: the rows so far: int32 arrays, concatenated at the end.
         preempted: sequences that lost their pages to others in this step.
+        held_back: slots that wait for pages which stores give back soon.
     """
 
     budget: int
     slots: list[np.ndarray] = field(default_factory=list)
     lens: list[np.ndarray] = field(default_factory=list)
     preempted: list[Preempted] = field(default_factory=list)
+    held_back: set[int] = field(default_factory=set)
 
     def add(self, slots: np.ndarray, lens: np.ndarray) -> None:
         """Adds rows and spends their tokens."""
@@ -41,6 +44,8 @@ def fill_running(state: SchedulerState, batch: Batch) -> None:
     epochs = columns.epochs[decodes]
     _grow_all(state, batch, decodes, columns.num_computed[decodes] + 1)
     decodes = decodes[columns.epochs[decodes] == epochs]
+    if batch.held_back:
+        decodes = decodes[[slot not in batch.held_back for slot in decodes]]
     batch.add(decodes, np.ones(len(decodes), np.int32))
     for sequence in [state.by_slot[slot] for slot in slots[left > 1]]:
         if batch.budget <= 0:
@@ -56,7 +61,7 @@ def _fill_chunk(state: SchedulerState, batch: Batch, sequence: Sequence, slot: i
     chunk = min(int(columns.num_tokens[slot]) - computed, batch.budget)
     epoch = columns.epochs[slot]
     _grow_all(state, batch, np.array([slot], np.int32), np.array([computed + chunk]))
-    if columns.epochs[slot] == epoch:
+    if columns.epochs[slot] == epoch and slot not in batch.held_back:
         batch.add(np.array([slot], np.int32), np.array([chunk], np.int32))
 
 
@@ -80,6 +85,10 @@ def _grow_all(state: SchedulerState, batch: Batch, slots: np.ndarray, lengths: n
         if sequence is None or sequence.slot is None:
             continue
         count = int(missing[place])
+        short = count * len(columns.page_tables) - state.pages.available
+        if short > 0 and returning(state) >= short:
+            batch.held_back.add(int(slots[place]))
+            continue
         batch.preempted += make_room(state, sequence, count * len(columns.page_tables))
         if sequence.slot is not None:
             take_pages(state, sequence.slot, count)

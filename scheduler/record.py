@@ -12,11 +12,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kv.moves import Event
 from scheduler.state import SchedulerState, initial_state
 from scheduler.step import step
 from scheduler.types import Inputs, Limits, Outcome, Plan, Request, SchedulerConfig, Stop
 
-FORMAT = "jaxserve-record-1"
+FORMAT = "jaxserve-record-2"
 DIGEST_BYTES = 16
 
 
@@ -48,6 +49,9 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     stops: tuple[Stop, ...]
     outcome: WireOutcome | None
     reset_prefix_cache: bool
+    events: tuple[Event, ...]
+    pool_moved: bool
+    now_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,7 @@ def canonical(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [value.dtype.str, list(value.shape), np.ascontiguousarray(value).tobytes()]
     if is_dataclass(value) and not isinstance(value, type):
-        return [canonical(getattr(value, entry.name)) for entry in fields(value)]
+        return [type(value).__name__, *(canonical(getattr(value, entry.name)) for entry in fields(value))]
     if isinstance(value, tuple | list):
         return [canonical(entry) for entry in value]
     return value
@@ -116,6 +120,9 @@ def encode_inputs(inputs: Inputs) -> bytes:
         stops=inputs.stops,
         outcome=wire,
         reset_prefix_cache=inputs.reset_prefix_cache,
+        events=inputs.events,
+        pool_moved=inputs.pool_moved,
+        now_s=inputs.now_s,
     )
     return msgspec.msgpack.encode(entry)
 
@@ -167,6 +174,9 @@ def decode_inputs(data: bytes) -> Inputs:
         stops=entry.stops,
         outcome=outcome,
         reset_prefix_cache=entry.reset_prefix_cache,
+        events=entry.events,
+        pool_moved=entry.pool_moved,
+        now_s=entry.now_s,
     )
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv import prefix
+from kv.moves import Event
 from metrics.stats import PrefillStats
+from scheduler.moves import drop_fetch, finish, let_peer_go, offer_pages, pool_lost, settle_events
 from scheduler.preempt import preempt
 from scheduler.state import InFlight, SchedulerState, Sequence, Status, push_waiting, vacate
 from scheduler.types import Accepted, Finished, FinishReason, Outcome, Preempted, Prefilled, Stop
@@ -39,8 +41,10 @@ def abort(state: SchedulerState, request_ids: Iterable[str]) -> list[Finished]:
     return ended
 
 
-def settle(state: SchedulerState, outcome: Outcome | None, stops: Iterable[Stop]) -> Settled:
-    """Applies the outcome of the plan in flight, then the host's stops.
+def settle(
+    state: SchedulerState, outcome: Outcome | None, stops: Iterable[Stop], events: tuple[Event, ...] = ()
+) -> Settled:
+    """Applies the outcome of the plan in flight, then the host's stops, then what became of moves.
 
     Raises:
         ValueError: the outcome belongs to another plan.
@@ -59,10 +63,14 @@ def settle(state: SchedulerState, outcome: Outcome | None, stops: Iterable[Stop]
         for key, stop in ordered.items()
         if (sequence := state.sequences.get(key)) is not None
     ]
+    failed = [
+        end(state, sequence, FinishReason.ERROR, message=message)
+        for sequence, message in settle_events(state, events)
+    ]
     return Settled(
         accepted=settled.accepted,
         prefilled=settled.prefilled,
-        finished=(*settled.finished, *stopped),
+        finished=(*settled.finished, *stopped, *failed),
         preempted=settled.preempted,
     )
 
@@ -78,8 +86,11 @@ def end(
     """Ends a sequence and gives back what it holds."""
     slot = sequence.slot
     known = len(sequence.tokens) if slot is None else int(state.columns.num_tokens[slot])
+    terms = finish(state, sequence, completed=reason in (FinishReason.STOP, FinishReason.LENGTH))
     if slot is not None:
         vacate(state, sequence)
+    drop_fetch(state, sequence)
+    let_peer_go(state, sequence)
     sequence.status = Status.FINISHED
     request = sequence.request
     del state.sequences[request.request_id, sequence.index]
@@ -91,6 +102,7 @@ def end(
         stop_reason=stop_reason,
         num_output_tokens=known - len(request.prompt_token_ids),
         message=message,
+        lease=terms,
     )
 
 
@@ -111,6 +123,7 @@ def _fail(state: SchedulerState, flight: InFlight, message: str) -> Settled:
         end(state, owner, FinishReason.ERROR, message=message) for owner in owners if owner is not None
     ]
     preempted = [preempt(state, sequence) for sequence in tuple(state.running)]
+    pool_lost(state)
     return Settled(finished=tuple(finished), preempted=tuple(preempted))
 
 
@@ -156,6 +169,9 @@ def _publish(state: SchedulerState, slots: np.ndarray) -> None:
                 if state.prefix.insert(group, names[entry + 1], page):
                     state.pages.mark_cached(page)
         columns.named_pages[slot] = now
+        if state.connector is not None:
+            tables = [table[slot, :now].tolist() for table in columns.page_tables]
+            offer_pages(state, sequence, tables, done, now)
 
 
 def _settle_prompts(state: SchedulerState, slots: np.ndarray) -> None:
@@ -181,7 +197,8 @@ def _first_tokens(state: SchedulerState, slots: np.ndarray) -> Iterable[Prefille
         stats = PrefillStats(
             num_prompt_tokens=len(request.prompt_token_ids),
             local_cache_hit=sequence.hit,
-            external_kv_transfer=0,
+            external_kv_transfer=sum(sequence.external.values()),
+            external_by_tier=tuple(sequence.external.items()),
         )
         prefilled.append(Prefilled(request_id=request.request_id, stats=stats))
         for index in range(1, request.sampling.n):

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kv.connectors.base import Connector
+from kv.connectors.build import build
+from kv.ledger import Kind, Ledger
+from kv.moves import Command, Promised, RemoteSource
 from kv.pages import Pages
 from kv.prefix import PrefixCache
 from kv.types import DUMMY_PAGE
@@ -20,6 +24,7 @@ class Status(enum.Enum):
     """Where a sequence is in its life."""
 
     WAITING = "waiting"
+    LOADING = "loading"
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -36,6 +41,9 @@ class Sequence:
         hit: of these, the prompt positions first made usable by the prefix cache.
         high_water: tokens that had been computed when it was last preempted.
         prefilled: its first token was accepted.
+        remote: a peer that holds its prompt; None: no peer, or it is needed no more.
+        fetch: the pages that are being or have been brought for it; None: there are none, or it runs.
+        external: tokens of the prompt first made usable by a load, by tier.
     """
 
     request: Request
@@ -50,6 +58,52 @@ class Sequence:
     high_water: int = 0
     preemptions: int = 0
     prefilled: bool = False
+    remote: RemoteSource | None = None
+    fetch: "Fetch | None" = None
+    external: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Pages that one load has brought and that were verified.
+
+    Attributes:
+        first: position of the first page.
+        pages: per group, the sequence's own now.
+        asked: positions that the load was for.
+        end: tokens of the sequence that are known to be usable behind it.
+    """
+
+    tier: str
+    first: int
+    pages: tuple[tuple[int, ...], ...]
+    asked: int
+    end: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Fetch:
+    """What a sequence without a slot holds, and what it waits for.
+
+    Attributes:
+        pages: per group, pages that it holds: the local hit, then what has arrived.
+        hit: tokens of the local hit.
+        queried: tokens that were looked up locally, for the statistics.
+        moves: loads under way.
+        segments: loads that have ended, those that brought nothing too.
+        tokens: of the sequence, usable on `pages`; counts once no load is under way.
+        sources: with `tokens`: (tier, where its tokens end), one after another; None: the prefix cache.
+        error: of the first load that did not bring everything.
+    """
+
+    pages: list[list[int]]
+    hit: int
+    queried: int
+    moves: set[int] = field(default_factory=set)
+    segments: list[Segment] = field(default_factory=list)
+    tokens: int = 0
+    sources: list[tuple[str | None, int]] = field(default_factory=list)
+    error: str | None = None
 
 
 class Columns:
@@ -104,8 +158,28 @@ class InFlight:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
+class News:
+    """What the step under way has decided about moves so far; becomes the plan's `MoveNews`."""
+
+    now_s: float = 0.0
+    commands: list[Command] = field(default_factory=list)
+    promised: list[Promised] = field(default_factory=list)
+    expired: int = 0
+    late_reads: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class SchedulerState:
-    """Everything that the step knows."""
+    """Everything that the step knows.
+
+    Attributes:
+        connector: where pages can be had beyond the pool; None: nowhere.
+        leaves: its leaf connectors, by their index in commands.
+        loading: sequences with loads under way, by request.
+        fetched: sequences whose loads have ended and that wait for a slot, in the order of their ends.
+        remotes: sequences with a peer, by request.
+        expired: leases that expired lately, to recognise who read them all the same.
+    """
 
     config: SchedulerConfig
     pages: Pages
@@ -119,6 +193,14 @@ class SchedulerState:
     by_slot: list[Sequence | None] = field(default_factory=list)
     free_slots: list[int] = field(default_factory=list)
     in_flight: InFlight | None = None
+    connector: Connector | None = None
+    leaves: tuple[Connector, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+    loading: dict[str, Sequence] = field(default_factory=dict)
+    fetched: list[Sequence] = field(default_factory=list)
+    remotes: dict[str, Sequence] = field(default_factory=dict)
+    expired: dict[str, None] = field(default_factory=dict)
+    news: News = field(default_factory=News)
 
 
 def initial_state(config: SchedulerConfig) -> SchedulerState:
@@ -133,8 +215,13 @@ def initial_state(config: SchedulerConfig) -> SchedulerState:
         raise ValueError(f"scheduling policy must be fcfs or priority, got {config.policy!r}")
     if any(window is not None and window < 1 for window in config.windows) or not config.windows:
         raise ValueError(f"sliding windows must be at least 1 token, got {config.windows}")
+    connector, leaves = None, ()
+    if config.transfer is not None:
+        connector, leaves = build(config.transfer, windows=config.windows, page_size=config.page_size)
     return SchedulerState(
         config=config,
+        connector=connector,
+        leaves=leaves,
         pages=Pages(config.num_pages),
         prefix=PrefixCache(len(config.windows)),
         columns=Columns(config),
@@ -169,6 +256,11 @@ def num_waiting(state: SchedulerState) -> int:
     return len(state.sequences) - len(state.running)
 
 
+def num_loading(state: SchedulerState) -> int:
+    """Sequences that wait for their pages to arrive."""
+    return len(state.loading)
+
+
 def vacate(state: SchedulerState, sequence: Sequence) -> None:
     """Takes slot and pages away from a running sequence; its pages' tails go first when pages are evicted."""
     slot = sequence.slot
@@ -197,7 +289,7 @@ def check(state: SchedulerState) -> None:
     """
     state.pages.check()
     columns = state.columns
-    holders = np.zeros(len(state.pages.refs), np.int32)
+    holders = _holders_beside_slots(state)
     for sequence in state.running:
         slot = sequence.slot
         if slot is None or state.by_slot[slot] is not sequence or sequence.status is not Status.RUNNING:
@@ -213,6 +305,8 @@ def check(state: SchedulerState) -> None:
         raise AssertionError(
             f"reference counts differ from holders at {np.nonzero(holders != state.pages.refs)}"
         )
+    if state.connector is not None:
+        state.connector.check()
     if len(state.running) + len(state.free_slots) != state.config.max_num_seqs:
         raise AssertionError("slots in use and free slots do not add up")
     for page, _, _ in state.prefix.items():
@@ -220,3 +314,26 @@ def check(state: SchedulerState) -> None:
             raise AssertionError(f"cached page {page} is free")
     if len(state.prefix) < state.pages.idle:
         raise AssertionError("an idle page is not in the prefix cache")
+
+
+def _holders_beside_slots(state: SchedulerState) -> np.ndarray:
+    """Pages held by moves, and by sequences that load or have loaded."""
+    state.ledger.check()
+    holders = np.zeros(len(state.pages.refs), np.int32)
+    for row in state.ledger:
+        np.add.at(holders, list(row.pages), 1)
+    waiting = {id(sequence) for sequence in state.fetched}
+    for sequence in state.sequences.values():
+        fetch = sequence.fetch
+        if fetch is None:
+            continue
+        if sequence.status is not Status.LOADING:
+            raise AssertionError(f"a sequence that is {sequence.status.value} holds fetched pages")
+        if bool(fetch.moves) == (id(sequence) in waiting):
+            raise AssertionError("a sequence waits for loads and for a slot at once, or for neither")
+        for pages in (*fetch.pages, *(group for segment in fetch.segments for group in segment.pages)):
+            np.add.at(holders, [page for page in pages if page != DUMMY_PAGE], 1)
+    for row in state.ledger:
+        if not row.quarantined and row.kind is Kind.LOAD and (state.pages.refs[list(row.pages)] != 1).any():
+            raise AssertionError("a page that is being loaded has another holder")
+    return holders

@@ -7,8 +7,9 @@ may preempt), admit what waits.
 
 from scheduler.admit import admit, enqueue
 from scheduler.fill import Batch, fill_running, pack_rows
+from scheduler.moves import expire, offer_idle, take_news, void_moves
 from scheduler.settle import abort, forget_prefixes, settle
-from scheduler.state import InFlight, SchedulerState, num_waiting
+from scheduler.state import InFlight, SchedulerState, num_loading, num_waiting
 from scheduler.types import Gauges, Inputs, Limits, Plan
 
 
@@ -19,14 +20,19 @@ def step(state: SchedulerState, inputs: Inputs, limits: Limits) -> tuple[Schedul
         ValueError: an outcome that does not belong to the last plan; the state is unchanged.
     """
     state.step_id += 1
+    state.news.now_s = inputs.now_s
     ended = abort(state, inputs.aborts)
-    settled = settle(state, inputs.outcome, inputs.stops)
+    if inputs.pool_moved:
+        void_moves(state)
+    settled = settle(state, inputs.outcome, inputs.stops, inputs.events)
+    expire(state)
     if inputs.reset_prefix_cache:
         forget_prefixes(state)
     refused = enqueue(state, inputs.arrivals, limits)
     batch = Batch(budget=limits.max_num_batched_tokens)
     fill_running(state, batch)
     admitted = () if batch.preempted else admit(state, batch, limits)
+    offer_idle(state)
     rows, prompt, recomputed = pack_rows(state, batch)
     state.in_flight = (
         InFlight(step_id=state.step_id, rows=rows, epochs=state.columns.epochs[rows.slots])
@@ -44,6 +50,7 @@ def step(state: SchedulerState, inputs: Inputs, limits: Limits) -> tuple[Schedul
         prompt_tokens=prompt,
         recomputed_tokens=recomputed,
         gauges=_gauges(state),
+        moves=take_news(state),
     )
     return state, plan
 
@@ -53,6 +60,7 @@ def _gauges(state: SchedulerState) -> Gauges:
     return Gauges(
         running=len(state.running),
         waiting=num_waiting(state),
+        loading=num_loading(state),
         pages_in_use=pages.in_use,
         pages_idle=pages.idle,
         pages_free=pages.free,

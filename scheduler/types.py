@@ -165,6 +165,7 @@ class Inputs:
 
     Attributes:
         events: of moves, in the order in which the drivers saw them.
+        pool_moved: the page buffer lies elsewhere now, with its content.
         now_s: the loop's clock; the step has none of its own.
     """
 
@@ -174,6 +175,7 @@ class Inputs:
     outcome: Outcome | None = None
     reset_prefix_cache: bool = False
     events: tuple[Event, ...] = ()
+    pool_moved: bool = False
     now_s: float = 0.0
 
 
@@ -265,6 +267,7 @@ class Admitted:
     Attributes:
         queried_tokens: tokens looked up in the prefix cache; 0 where the lookup is off.
         hit_tokens: of these, found.
+        loaded_tokens: behind the hit, brought by connectors and usable.
         resumed: it had been preempted.
     """
 
@@ -274,6 +277,7 @@ class Admitted:
     queried_tokens: int
     hit_tokens: int
     resumed: bool
+    loaded_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

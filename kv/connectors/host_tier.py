@@ -130,9 +130,9 @@ class HostTierConnector:
         taken, self._outcomes = self._outcomes, Counter()
         return [(self._index, outcome, count) for outcome, count in sorted(taken.items()) if count]
 
-    def tiers(self) -> Sequence[tuple[int, int, int, int]]:
-        """(connector, used slots, pinned slots, slots)."""
-        return [(self._index, self._tier.used, self._tier.pinned, self._tier.num_slots)]
+    def tiers(self) -> Sequence[tuple[int, int, int, int, int]]:
+        """(connector, used slots, pinned slots, slots that a store fills, slots)."""
+        return [(self._index, self._tier.used, self._tier.pinned, self._tier.storing, self._tier.num_slots)]
 
     def reset(self) -> None:
         """Forgets everything cached; what a move uses goes when the move ends."""

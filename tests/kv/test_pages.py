@@ -20,8 +20,12 @@ class PagesMachine(RuleBasedStateMachine):
         self.pages = Pages(NUM_PAGES)
         self.holders: dict[int, int] = {}
         self.cached: set[int] = set()
-        self.idle: list[int] = []
+        self.order: list[int] = []
         self.generation = np.zeros(NUM_PAGES, int)
+
+    @property
+    def idle(self) -> list[int]:
+        return [page for page in self.order if page not in self.holders]
 
     @property
     def free(self) -> set[int]:
@@ -38,7 +42,7 @@ class PagesMachine(RuleBasedStateMachine):
         from_idle = max(0, count - len(free))
         assert evicted == self.idle[:from_idle], "the least recently used idle pages go first"
         assert len(set(taken)) == count and set(taken) - set(evicted) <= free
-        self.idle = self.idle[from_idle:]
+        self.order = [page for page in self.order if page not in evicted]
         self.cached -= set(evicted)
         for page in taken:
             self.holders[page] = 1
@@ -50,19 +54,27 @@ class PagesMachine(RuleBasedStateMachine):
         page = data.draw(st.sampled_from(sorted({*self.holders, *self.idle})))
         self.pages.share(page)
         self.holders[page] = self.holders.get(page, 0) + 1
-        if page in self.idle:
-            self.idle.remove(page)
+        if page in self.order:
+            self.order.remove(page)
+
+    @precondition(lambda self: self.holders or self.idle)
+    @rule(data=st.data())
+    def borrow(self, data: st.DataObject) -> None:
+        """Whoever only copies an idle page does not change when it will be evicted."""
+        page = data.draw(st.sampled_from(sorted({*self.holders, *self.idle})))
+        self.pages.borrow(page)
+        self.holders[page] = self.holders.get(page, 0) + 1
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data(), front=st.booleans())
-    def release(self, data: st.DataObject, front: bool) -> None:
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
         page = data.draw(st.sampled_from(sorted(self.holders)))
-        self.pages.release(page, front=front)
+        self.pages.release(page)
         self.holders[page] -= 1
         if not self.holders[page]:
             del self.holders[page]
-            if page in self.cached:
-                self.idle.insert(0 if front else len(self.idle), page)
+            if page in self.cached and page not in self.order:
+                self.order.append(page)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -77,13 +89,13 @@ class PagesMachine(RuleBasedStateMachine):
         page = data.draw(st.sampled_from(sorted(self.cached)))
         self.pages.unmark_cached(page)
         self.cached.discard(page)
-        if page in self.idle:
-            self.idle.remove(page)
+        if page in self.order:
+            self.order.remove(page)
 
     @rule()
     def wrong_calls_are_refused(self) -> None:
         for page in (0, *self.free):
-            for call in (self.pages.share, self.pages.release, self.pages.mark_cached):
+            for call in (self.pages.share, self.pages.borrow, self.pages.release, self.pages.mark_cached):
                 with pytest.raises(ValueError, match="page"):
                     call(page)
 

@@ -57,7 +57,7 @@ class World:
         self.slot_owner: dict[int, tuple[str, int]] = {}
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.finished: dict[tuple[str, int], object] = {}
-        self.recount = Recount()
+        self.recount = Recount(config.page_size, windowed=any(config.windows))
         self.counts = {"preempted": 0, "admitted": 0, "rows": 0, "hits": 0}
 
     def step(self, **inputs) -> Plan:
