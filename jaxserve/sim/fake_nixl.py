@@ -1,0 +1,391 @@
+"""A NIXL without NIXL: agents of one process that copy real bytes by address, with faults on order.
+
+It has the part of `nixl_agent` that the driver uses, with the same signatures, answers and errors (one test
+runs the same script on both), and the semantics that were measured of NIXL 1.5 over UCX on TCP:
+
+- a transfer is PROC until it has been polled; an error raises; a stopped peer leaves it PROC for ever;
+- DONE says nothing about the content: half of a READ is copied when it is posted, half when it completes;
+- releasing a handle, removing a peer and deregistering memory stop nothing: the rest is written later, unless
+  the reading agent has been deleted or the peer has died.
+
+Nothing here runs by itself: no thread, no clock, no chance. Polls and explicit calls move everything.
+An agent is deleted as in Python: when nobody refers to it or to one of its handles.
+"""
+
+import ctypes
+import json
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class FakeNixlError(Exception):
+    """What the real agent raises, with its name for the status as the message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What goes wrong with one transfer.
+
+    Attributes:
+        post_fails: `transfer` raises; nothing is written.
+        never_ends: PROC at every poll; the rest is written by `FakeNixlNetwork.deliver_late`.
+        errors: the poll that would say DONE raises; the first half has been written.
+        flips_bit: DONE, with one bit of the last descriptor's first byte flipped.
+        writes_nothing: DONE, and the target is as it was.
+    """
+
+    post_fails: bool = False
+    never_ends: bool = False
+    errors: bool = False
+    flips_bit: bool = False
+    writes_nothing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """Of a finished transfer; microseconds, one per poll here. Names are NIXL's."""
+
+    startTime: int
+    postDuration: int
+    xferDuration: int
+    totalBytes: int
+    descCount: int
+
+
+Descs = list[tuple[int, int, int]]
+"""(address, bytes, device) each."""
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """A copy under way. `copies`: (target, source, bytes), the first `written` of them done."""
+
+    reader: str
+    source: str
+    copies: Descs
+    fault: Fault
+    polls_left: int
+    notif: bytes
+    polls: int = 0
+    written: int = 0
+    ended: bool = False
+
+    def write(self, upto: int) -> None:
+        for target, source, num_bytes in self.copies[self.written : upto]:
+            if not self.fault.writes_nothing:
+                ctypes.memmove(target, source, num_bytes)
+        self.written = max(self.written, upto)
+
+    def complete(self) -> None:
+        self.write(len(self.copies))
+        self.ended = True
+        if self.fault.flips_bit:
+            byte = ctypes.c_uint8.from_address(self.copies[-1][0])
+            byte.value ^= 1
+
+
+@dataclass(slots=True, eq=False)
+class XferHandle:
+    """As `nixl_xfer_handle`: it keeps its agent alive."""
+
+    agent: "FakeNixlAgent"
+    local: Descs
+    remote: Descs
+    remote_id: str
+    notif: bytes
+    transfer: _Transfer | None = None
+    released: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class DlistHandle:
+    """As `nixl_prepped_dlist_handle`. `remote_id`: the peer whose memory it names; None: the agent's own."""
+
+    agent: "FakeNixlAgent"
+    descs: Descs
+    remote_id: str | None
+    released: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Life:
+    """What the network knows of an agent; it outlives the agent's object."""
+
+    name: str
+    regions: Descs = field(default_factory=list)
+    notifs: list[tuple[str, bytes]] = field(default_factory=list)
+    peers: dict[str, str] = field(default_factory=dict)
+    state: str = "alive"  # or "paused", "dead", "deleted"
+
+
+class FakeNixlNetwork:
+    """Connects the agents it makes, and holds the faults to come.
+
+    Attributes:
+        faults: for the next transfers in the order of their posts; one each, none left: no fault.
+        lose_notifs, double_notifs: how many of the next notifications never arrive, or arrive twice.
+    """
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self.lose_notifs = 0
+        self.double_notifs = 0
+        self.cycles = 1
+        self._lives: dict[str, _Life] = {}
+        self._transfers: list[_Transfer] = []
+        self._made: dict[str, int] = defaultdict(int)
+
+    def agent(self, name: str) -> "FakeNixlAgent":
+        """Makes an agent. Several may have one name, one after the other."""
+        self._made[name] += 1
+        life_id = f"{name}#{self._made[name]}"
+        self._lives[life_id] = _Life(name)
+        return FakeNixlAgent(self, life_id)
+
+    def set_cycles_before_xfer_done(self, cycles: int) -> None:
+        """Transfers posted from now on are PROC at the post and at `cycles` polls, then DONE."""
+        self.cycles = cycles
+
+    @property
+    def agents(self) -> list[str]:
+        """Names of the agents that have not been deleted and have not died."""
+        return [life.name for life in self._lives.values() if life.state in ("alive", "paused")]
+
+    def pause(self, name: str) -> None:
+        """The process of an agent is stopped: reads from it stay PROC."""
+        self._of(name).state = "paused"
+
+    def resume(self, name: str) -> None:
+        """It runs again: what was asked of it while it stood still is written now, wanted or not."""
+        self._of(name).state = "alive"
+        for transfer in self._transfers:
+            if not transfer.ended and self._lives[transfer.source].name == name:
+                self._late(transfer)
+
+    def kill(self, name: str) -> None:
+        """The process of an agent dies: reads from it fail at the next poll."""
+        self._of(name).state = "dead"
+
+    def deliver_late(self) -> int:
+        """Writes what is outstanding of all transfers whose two agents live. Returns how many there were."""
+        outstanding = [transfer for transfer in self._transfers if not transfer.ended]
+        return sum(self._late(transfer) for transfer in outstanding)
+
+    def _late(self, transfer: _Transfer) -> bool:
+        alive = all(self._lives[end].state == "alive" for end in (transfer.reader, transfer.source))
+        if alive:
+            transfer.complete()
+        return alive
+
+    def _of(self, name: str) -> _Life:
+        return self._lives[f"{name}#{self._made[name]}"]
+
+    def _check(self, life_id: str, descs: Descs) -> None:
+        for address, num_bytes, _ in descs:
+            if not any(
+                start <= address and address + num_bytes <= start + length
+                for start, length, _ in self._lives[life_id].regions
+            ):
+                raise FakeNixlError("NIXL_ERR_NOT_FOUND")
+
+    def _notify(self, sender: str, target: str, message: bytes) -> None:
+        copies = 1
+        if self.lose_notifs:
+            self.lose_notifs -= 1
+            copies = 0
+        elif self.double_notifs:
+            self.double_notifs -= 1
+            copies = 2
+        self._lives[target].notifs += [(self._lives[sender].name, message)] * copies
+
+    def _deleted(self, life_id: str) -> None:
+        if self._lives[life_id].state != "dead":
+            self._lives[life_id].state = "deleted"
+        self._transfers = [
+            transfer for transfer in self._transfers if not transfer.ended and transfer.reader != life_id
+        ]
+
+
+class FakeNixlAgent:
+    """One agent. See `nixl_agent` for what the methods mean."""
+
+    def __init__(self, network: FakeNixlNetwork, life_id: str) -> None:
+        self._network = network
+        self._id = life_id
+        self._life = network._lives[life_id]
+        self.name = self._life.name
+        weakref.finalize(self, network._deleted, life_id)
+
+    def set_cycles_before_xfer_done(self, cycles: int) -> None:
+        """See `FakeNixlNetwork.set_cycles_before_xfer_done`."""
+        self._network.set_cycles_before_xfer_done(cycles)
+
+    def get_reg_descs(
+        self, descs: Sequence[tuple[int, int, int, str]] | np.ndarray, mem_type: str | None = None
+    ) -> Descs:
+        """Memory to register: (address, bytes, device, tag) tuples or an N x 3 array."""
+        return _descs(descs, mem_type)
+
+    def get_xfer_descs(
+        self, descs: Sequence[tuple[int, int, int]] | np.ndarray, mem_type: str | None = None
+    ) -> Descs:
+        """Memory to move: (address, bytes, device) tuples or an N x 3 array."""
+        return _descs(descs, mem_type)
+
+    def register_memory(
+        self, reg_list: Sequence[tuple[int, int, int, str]] | np.ndarray, mem_type: str | None = None
+    ) -> Descs:
+        """Makes memory reachable; metadata taken before does not name it."""
+        descs = _descs(reg_list, mem_type)
+        self._life.regions += descs
+        return descs
+
+    def deregister_memory(self, dereg_list: Descs) -> None:
+        """The memory is named no more. Transfers under way go on: nothing is revoked."""
+        for desc in dereg_list:
+            if desc not in self._life.regions:
+                raise FakeNixlError("NIXL_ERR_NOT_FOUND")
+            self._life.regions.remove(desc)
+
+    def get_agent_metadata(self) -> bytes:
+        """What a peer needs to reach this agent and the memory registered so far."""
+        return json.dumps([self._id, self.name, self._life.regions]).encode()
+
+    def add_remote_agent(self, metadata: bytes) -> bytes:
+        """Learns of a peer; returns its name, as bytes."""
+        try:
+            life_id, name, _ = json.loads(metadata)
+        except ValueError:
+            raise FakeNixlError("NIXL_ERR_MISMATCH") from None
+        self._life.peers[name] = life_id
+        return name.encode()
+
+    def remove_remote_agent(self, agent: str | bytes) -> None:
+        """Forgets a peer. Transfers under way go on."""
+        self._life.peers.pop(_text(agent), None)
+
+    def prep_xfer_dlist(
+        self, agent_name: str | bytes, xfer_list: Descs | np.ndarray, mem_type: str | None = None
+    ) -> DlistHandle:
+        """Checks descriptors of one side once, for many transfers. "" or NIXL_INIT_AGENT: the local side."""
+        name = _text(agent_name)
+        descs = xfer_list if isinstance(xfer_list, list) else _descs(xfer_list, mem_type)
+        if name in ("", "NIXL_INIT_AGENT"):
+            self._network._check(self._id, descs)
+            return DlistHandle(self, descs, None)
+        if name not in self._life.peers:
+            raise FakeNixlError("NIXL_ERR_NOT_FOUND")
+        self._network._check(self._life.peers[name], descs)
+        return DlistHandle(self, descs, self._life.peers[name])
+
+    def release_dlist_handle(self, handle: DlistHandle) -> None:
+        """The descriptors are needed no more."""
+        handle.released = True
+
+    def make_prepped_xfer(
+        self,
+        operation: str,
+        local_xfer_side: DlistHandle,
+        local_indices: Sequence[int] | np.ndarray,
+        remote_xfer_side: DlistHandle,
+        remote_indices: Sequence[int] | np.ndarray,
+        notif_msg: bytes = b"",
+    ) -> XferHandle:
+        """A transfer of prepared descriptors, by index."""
+        local, remote = local_xfer_side.descs, remote_xfer_side.descs
+        ok = len(local_indices) == len(remote_indices) and remote_xfer_side.remote_id is not None
+        ok = ok and all(0 <= index < len(local) for index in local_indices)
+        if not (ok and all(0 <= index < len(remote) for index in remote_indices)):
+            raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
+        here, there = [local[i] for i in local_indices], [remote[i] for i in remote_indices]
+        if operation != "READ" or any(a[1] != b[1] for a, b in zip(here, there, strict=True)):
+            raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
+        return XferHandle(self, here, there, str(remote_xfer_side.remote_id), notif_msg)
+
+    def transfer(self, handle: XferHandle, notif_msg: bytes = b"") -> str:
+        """Posts a transfer. "PROC", or "DONE" where it takes no time."""
+        network = self._network
+        fault = network.faults.pop(0) if network.faults else Fault()
+        if fault.post_fails or network._lives[handle.remote_id].state in ("dead", "deleted"):
+            raise FakeNixlError("NIXL_ERR_REMOTE_DISCONNECT")
+        copies = [
+            (here[0], there[0], here[1]) for here, there in zip(handle.local, handle.remote, strict=True)
+        ]
+        transfer = _Transfer(
+            self._id, handle.remote_id, copies, fault, network.cycles, notif_msg or handle.notif
+        )
+        handle.transfer = transfer
+        network._transfers.append(transfer)
+        if network.cycles == 0:
+            return self.check_xfer_state(handle)
+        if network._lives[handle.remote_id].state == "alive":
+            transfer.write(len(copies) // 2)
+        return "PROC"
+
+    def check_xfer_state(self, handle: XferHandle) -> str:
+        """ "PROC" or "DONE"; raises where it failed."""
+        transfer, network = handle.transfer, self._network
+        if transfer is None:
+            raise FakeNixlError("NIXL_ERR_NOT_POSTED")
+        if transfer.ended:
+            return "DONE"
+        transfer.polls += 1
+        state = network._lives[transfer.source].state
+        if state in ("dead", "deleted"):
+            raise FakeNixlError("NIXL_ERR_REMOTE_DISCONNECT")
+        if transfer.polls <= transfer.polls_left or transfer.fault.never_ends or state == "paused":
+            return "PROC"
+        if transfer.fault.errors:
+            network._transfers.remove(transfer)
+            raise FakeNixlError("NIXL_ERR_BACKEND")
+        transfer.complete()
+        if transfer.notif:
+            network._notify(self._id, transfer.source, transfer.notif)
+        return "DONE"
+
+    def get_xfer_telemetry(self, handle: XferHandle) -> Telemetry:
+        """Of a transfer that is DONE."""
+        transfer = handle.transfer
+        if transfer is None or not transfer.ended:
+            raise FakeNixlError("NIXL_ERR_NO_TELEMETRY")
+        total = sum(num_bytes for _, _, num_bytes in transfer.copies)
+        return Telemetry(
+            startTime=0,
+            postDuration=1,
+            xferDuration=1 + transfer.polls,
+            totalBytes=total,
+            descCount=len(transfer.copies),
+        )
+
+    def release_xfer_handle(self, handle: XferHandle) -> None:
+        """The handle is needed no more. A transfer under way goes on all the same."""
+        handle.released = True
+
+    def send_notif(self, remote_agent_name: str | bytes, notif_msg: bytes) -> None:
+        """A message to a peer."""
+        name = _text(remote_agent_name)
+        if name not in self._life.peers:
+            raise FakeNixlError("NIXL_ERR_NOT_FOUND")
+        self._network._notify(self._id, self._life.peers[name], notif_msg)
+
+    def get_new_notifs(self) -> dict[str, list[bytes]]:
+        """Messages since the last call, by the name of their sender."""
+        found: dict[str, list[bytes]] = {}
+        for sender, message in self._life.notifs:
+            found.setdefault(sender, []).append(message)
+        self._life.notifs.clear()
+        return found
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def _descs(descs: Sequence[Sequence[int | str]] | np.ndarray, mem_type: str | None) -> Descs:
+    if mem_type not in ("DRAM", "VRAM"):
+        raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
+    return [(int(row[0]), int(row[1]), int(row[2])) for row in descs]
