@@ -9,7 +9,7 @@ from kv import prefix
 from kv.connectors.base import Later
 from kv.types import DUMMY_PAGE
 from scheduler.fill import Batch, take_pages
-from scheduler.moves import (
+from scheduler.loads import (
     attribute,
     lookup,
     meet_peer,
@@ -168,8 +168,8 @@ def _place_fetched(state: SchedulerState, batch: Batch, sequence: Sequence) -> A
         raise ValueError(f"nothing was fetched for request {sequence.request.request_id}")
     state.fetched.remove(sequence)
     sequence.fetch = None
-    for tier, end in fetch.sources:
-        attribute(sequence, tier, end)
+    for tier, last in fetch.sources:
+        attribute(sequence, tier, last)
     slot = _place(state, sequence, fetch.pages, fetch.tokens)
     chunk = min(len(sequence.tokens) - fetch.tokens, batch.budget)
     pages = -(-(fetch.tokens + chunk) // state.config.page_size) - int(state.columns.num_pages[slot])

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kv.types import DUMMY_PAGE
-from scheduler.moves import returning
 from scheduler.preempt import make_room
 from scheduler.state import SchedulerState, Sequence
+from scheduler.stores import returning
 from scheduler.types import Preempted, Rows
 
 

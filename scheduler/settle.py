@@ -8,9 +8,12 @@ import numpy as np
 from kv import prefix
 from kv.moves import Event
 from metrics.stats import PrefillStats
-from scheduler.moves import drop_fetch, finish, let_peer_go, offer_pages, pool_lost, settle_events
+from scheduler.leases import finish
+from scheduler.loads import drop_fetch, let_peer_go
+from scheduler.moves import pool_lost, settle_events
 from scheduler.preempt import preempt
 from scheduler.state import InFlight, SchedulerState, Sequence, Status, push_waiting, vacate
+from scheduler.stores import offer_pages
 from scheduler.types import Accepted, Finished, FinishReason, Outcome, Preempted, Prefilled, Stop
 
 EMPTY = np.zeros(0, np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kv.connectors.base import Connector
 from kv.connectors.build import build
-from kv.ledger import Kind, Ledger
+from kv.ledger import Kind, Ledger, Row
 from kv.moves import Command, Promised, RemoteSource
 from kv.pages import Pages
 from kv.prefix import PrefixCache
@@ -337,3 +337,9 @@ def _holders_beside_slots(state: SchedulerState) -> np.ndarray:
         if not row.quarantined and row.kind is Kind.LOAD and (state.pages.refs[list(row.pages)] != 1).any():
             raise AssertionError("a page that is being loaded has another holder")
     return holders
+
+
+def release_row(state: SchedulerState, row: Row) -> None:
+    """Gives a row's pages back; tails are evicted before heads."""
+    for page in reversed(row.pages):
+        state.pages.release(page)

@@ -7,9 +7,11 @@ may preempt), admit what waits.
 
 from scheduler.admit import admit, enqueue
 from scheduler.fill import Batch, fill_running, pack_rows
-from scheduler.moves import expire, offer_idle, take_news, void_moves
+from scheduler.leases import expire
+from scheduler.moves import take_news, void_moves
 from scheduler.settle import abort, forget_prefixes, settle
 from scheduler.state import InFlight, SchedulerState, num_loading, num_waiting
+from scheduler.stores import offer_idle
 from scheduler.types import Gauges, Inputs, Limits, Plan
 
 

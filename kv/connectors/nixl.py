@@ -1,7 +1,7 @@
 """NixlConnector's decisions: a prompt's pages are pulled from the peer that computed them, and leased to it.
 
 Semantics of vLLM's NixlConnector in pull mode: the reader asks for all of the prompt beyond its local hit,
-once per request; the computing side keeps a finished request's pages until they are read or the lease expires.
+once per request; the computing side keeps a finished request's pages until they are read or the lease ends.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The scheduler's world with moves: host tiers and peers made of the same cells, under faults drawn from a seed.
+"""The scheduler's world with moves: host tiers and peers made of the same cells, under drawn faults.
 
 Drivers are played here: a command is answered some steps later, in any order, well or not. What a failed or
 unverified load leaves in its targets is garbage, so that a scheduler that lets anybody read it is found out;

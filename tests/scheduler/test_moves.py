@@ -1,4 +1,4 @@
-"""Loads, stores and leases inside the step: right tokens, exact attribution and no lost page, under faults."""
+"""Loads, stores and leases inside the step: right tokens, exact counts, no lost page, under faults."""
 
 import random
 from dataclasses import replace

@@ -1,0 +1,59 @@
+"""Pages that connectors copy out of the pool."""
+
+from kv.connectors.base import FullPages, StoreOrder
+from kv.ledger import Kind, Row
+from kv.moves import Store
+from scheduler.state import SchedulerState, Sequence
+
+IDLE_OFFERED = 256
+"""Cached pages, the next to be evicted first, that connectors are shown in a step."""
+
+
+def offer_pages(
+    state: SchedulerState, sequence: Sequence, tables: list[list[int]], first: int, last: int
+) -> None:
+    """Offers pages that became full and computed to the connectors."""
+    if state.connector is None or last <= first:
+        return
+    full = FullPages(
+        request_id=sequence.request.request_id,
+        names=sequence.names[1 : last + 1],
+        tables=tuple(map(tuple, tables)),
+        first=first,
+        last=last,
+        num_prompt_tokens=len(sequence.request.prompt_token_ids),
+        page_size=state.config.page_size,
+    )
+    for order in state.connector.offer(full):
+        _store(state, order)
+
+
+def offer_idle(state: SchedulerState) -> None:
+    """Shows the connectors which cached pages would be evicted next."""
+    if state.connector is None or not state.pages.idle:
+        return
+    shown = []
+    for page in state.pages.idle_pages():
+        group, name = state.prefix.key_of(page)
+        shown.append((page, group, name))
+        if len(shown) == IDLE_OFFERED:
+            break
+    for order in state.connector.offer_idle(shown):
+        _store(state, order)
+
+
+def _store(state: SchedulerState, order: StoreOrder) -> None:
+    """Holds the pages and orders the copy. The step that wrote them is over: it was settled just now."""
+    store = Store(
+        move_id=state.ledger.new_id(), connector=order.connector, pages=order.pages, slots=order.slots
+    )
+    for page in order.pages:
+        state.pages.borrow(page)
+    state.ledger.open(Row(move=store, pages=order.pages))
+    state.news.commands.append(store)
+
+
+def returning(state: SchedulerState) -> int:
+    """Pages that only stores hold: they come back soon, so nobody need be preempted for them."""
+    pages = {page for row in state.ledger if row.kind is Kind.STORE for page in row.pages}
+    return int((state.pages.refs[list(pages)] == 1).sum()) if pages else 0
