@@ -1,0 +1,219 @@
+"""The one door to NIXL, and the driver that runs transfers in a thread of its own.
+
+Agents have the UCX backend only, no listener and no progress thread: NIXL's progress thread polls without a
+pause (it took 97% of a core in an idle process), so the driver's thread polls the agents itself, and only
+while somebody reads. NIXL and UCX are configured before they are loaded, where the user has not done so:
+
+- `NIXL_LOG_LEVEL=WARN`: NIXL writes its notices to standard output.
+- `UCX_ERROR_SIGNALS=`: UCX installs handlers for crashes that would hide ours.
+- `UCX_RCACHE_MAX_UNRELEASED=1024`: freed registered memory is returned.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from kv.channel import Channel
+from kv.config import ConnectorConfig
+from kv.driver import Clock, PageCopies, Region
+from kv.moves import Command, Event, Load, Loaded, Safe
+from kv.transfer_agent import Agent
+from kv.transfer_plan import EngineFacts
+from kv.transfers import Transfers
+
+UCX_DEFAULTS = {"NIXL_LOG_LEVEL": "WARN", "UCX_ERROR_SIGNALS": "", "UCX_RCACHE_MAX_UNRELEASED": "1024"}
+BUSY_POLL_S = (50e-6, 500e-6)
+"""Pause between polls while a transfer is under way: grows from the first to the second."""
+
+
+_log = logging.getLogger("jaxserve.transfers")
+
+
+class NixlUnavailable(RuntimeError):
+    """NIXL cannot be imported. One line, with what to do."""
+
+
+def available() -> bool:
+    """Whether NIXL is installed; imports nothing."""
+    return importlib.util.find_spec("nixl") is not None
+
+
+def make_agent(name: str) -> Agent:
+    """A NIXL agent over UCX: no listener, no etcd, no thread.
+
+    Raises:
+        NixlUnavailable: NIXL is not installed, or its libraries do not load.
+    """
+    for key, value in UCX_DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    try:
+        api = importlib.import_module("nixl._api")  # only now: its libraries read the environment
+    except (ImportError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise NixlUnavailable(
+            f"NixlConnector needs NIXL: pip install --no-deps nixl nixl-cu13 ({why})"
+        ) from None
+    config = api.nixl_agent_config(
+        enable_prog_thread=False, enable_listen_thread=False, capture_telemetry=True, backends=["UCX"]
+    )
+    return api.nixl_agent(name, config)
+
+
+class NixlDriver:
+    """`kv.driver.Driver` of a NixlConnector: `Transfers` in a thread that sleeps until there is work."""
+
+    def __init__(
+        self,
+        *,
+        facts: EngineFacts,
+        config: ConnectorConfig,
+        regions: Sequence[Region],
+        copies: PageCopies,
+        make_channel: Callable[[Callable[[], None]], Channel],
+        wake: Callable[[], None],
+        clock: Clock = time.monotonic,
+        make_agent: Callable[[str], Agent] = make_agent,
+        quarantine_pages_max: int | None = None,
+    ) -> None:
+        """Args:
+            make_channel: makes the side channel, given what it calls, from any thread, when something came.
+            wake: called from the thread whenever `poll` would return something.
+            clock: of the loop; leases are judged by it.
+
+        Raises:
+            AgentError: NIXL is missing or cannot use the pool.
+            ChannelError: the side channel's address cannot be listened on.
+        """
+        self._clock = clock
+        self._wake = wake
+        self._work = threading.Event()
+        self._lock = threading.Lock()
+        self._commands: list[Command] = []
+        self._events: deque[Event] = deque()
+        self._order: Callable[[], None] | None = None
+        self._ordered = threading.Event()
+        self._stop = False
+        self._dead = False
+        self._open: dict[int, bool] = {}  # loads not answered (True), or answered and not yet safe
+        channel = make_channel(self._work.set)
+        try:
+            self._transfers = Transfers(
+                make_agent=make_agent,
+                channel=channel,
+                copies=copies,
+                regions=regions,
+                facts=facts,
+                config=config,
+                quarantine_pages_max=quarantine_pages_max,
+            )
+        except BaseException:
+            channel.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name=f"transfers {facts.engine_id}", daemon=True)
+        self._thread.start()
+
+    def start(self, commands: Sequence[Command]) -> None:
+        """Begins moves; does not wait for them."""
+        with self._lock:
+            self._commands += commands
+            if self._dead:
+                self._answer_all()
+        if commands:
+            self._work.set()
+
+    def poll(self) -> Sequence[Event]:
+        """What has happened since the last call."""
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    def pool_moved(self, regions: Sequence[Region]) -> None:
+        """See `Transfers.pool_moved`."""
+        self._do(lambda: self._transfers.pool_moved(regions))
+
+    def close(self) -> None:
+        """Ends all moves and the thread. When this returns, nobody touches the pool."""
+        if self._thread.is_alive():
+            self._stop = True
+            self._work.set()
+            self._thread.join()
+
+    @property
+    def quarantined_pages(self) -> int:
+        """See `Transfers.quarantined_pages`."""
+        return self._transfers.quarantined_pages
+
+    def _do(self, order: Callable[[], None]) -> None:
+        """Has the thread do something, and waits for it."""
+        self._ordered.clear()
+        self._order = order
+        self._work.set()
+        while not self._ordered.wait(1.0) and not self._dead:
+            pass
+
+    # From here on: in the thread.
+
+    def _run(self) -> None:
+        try:
+            pause = BUSY_POLL_S[0]
+            while not self._stop:
+                self._work.clear()
+                busy = self._turn()
+                now = self._clock()
+                at = self._transfers.next_wake(now)
+                if at is None:
+                    self._work.wait()
+                elif at > now:
+                    self._work.wait(at - now)
+                else:
+                    time.sleep(pause)
+                pause = BUSY_POLL_S[0] if busy else min(2 * pause, BUSY_POLL_S[1])
+        except Exception:
+            # A fault of ours. The engine goes on without peers: every load fails, and computes instead.
+            _log.exception("transfers have ended; pages are moved no more")
+        finally:
+            self._transfers.close()
+            with self._lock:
+                self._dead = True
+                self._answer_all()
+            self._wake()
+
+    def _answer_all(self) -> None:
+        """Fails every load. Nothing can write any more: the agents have been deleted."""
+        self._note(self._commands, ())
+        self._commands.clear()
+        for move_id, unanswered in self._open.items():
+            lost = Loaded(move_id=move_id, num_pages=0, error="transfers have ended", stage="transfer")
+            self._events.append(lost if unanswered else Safe(move_id=move_id))
+        self._open.clear()
+
+    def _note(self, commands: Sequence[Command], events: Sequence[Event]) -> None:
+        self._open.update({command.move_id: True for command in commands if isinstance(command, Load)})
+        for event in events:
+            if isinstance(event, Loaded | Safe):
+                self._open.pop(event.move_id, None)
+            if isinstance(event, Loaded) and not event.safe:
+                self._open[event.move_id] = False
+
+    def _turn(self) -> bool:
+        """One round. Returns whether something happened."""
+        order, self._order = self._order, None
+        if order is not None:
+            order()
+            self._ordered.set()
+        self._transfers.hear()  # before the commands are taken: see there
+        with self._lock:
+            commands, self._commands = self._commands, []
+        self._note(commands, ())
+        now = self._clock()
+        if commands:
+            self._transfers.start(commands, now)
+        events = self._transfers.poll(now)
+        self._note((), events)
+        if events:
+            self._events.extend(events)
+            self._wake()
+        return bool(events or commands)
