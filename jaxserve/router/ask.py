@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from urllib.parse import quote
 
 import httpx
 from starlette.datastructures import Headers
@@ -22,7 +23,7 @@ KEEP_ALIVE_S = 4.0
 
 MAX_IDLE = 256
 
-PASSED_HEADERS = ("authorization", "accept", "traceparent", "tracestate", "x-request-id")
+PASSED_HEADERS = (b"authorization", b"accept", b"traceparent", b"tracestate", b"x-request-id")
 
 
 class Upstream:
@@ -73,13 +74,13 @@ class Upstream:
         Raises:
             httpx.TransportError: no response came.
         """
-        sent = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]
+        sent = [(name, value) for name, value in headers.raw if name in PASSED_HEADERS]
         # Bytes are passed on as they come, and P's answer is read: neither may be compressed.
-        sent.append(("accept-encoding", "identity"))
+        sent.append((b"accept-encoding", b"identity"))
         if body is not None:
-            sent.append(("content-type", "application/json"))
+            sent.append((b"content-type", b"application/json"))
         method = "GET" if body is None else "POST"
-        url = httpx.URL(backend.url).copy_with(path=httpx.URL(backend.url).path.rstrip("/") + path)
+        url = backend.url + quote(path)
         async with self._client.stream(method, url, content=body, headers=sent) as response:
             yield response
 

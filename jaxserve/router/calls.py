@@ -25,14 +25,15 @@ ASK_TO_KEEP: Mapping[str, object] = {
 """P's `kv_transfer_params`: compute the prompt and keep its pages for another server."""
 
 DECODE_ONLY = names(
-    "stream_options min_tokens min_completion_tokens best_of logprobs top_logprobs echo prompt_logprobs"
+    "stream_options min_tokens min_completion_tokens best_of logprobs top_logprobs echo prompt_logprobs "
+    "return_token_ids"
 )
 """Fields that P does not get: they shape the answer, which D gives, or contradict one token."""
 
 COUNTS = names("max_tokens max_completion_tokens min_tokens min_completion_tokens n best_of")
 """Fields that P does not see as the client wrote them, checked here: else P would work for a bad request."""
 
-DIRECT_REASONS = ("prompt_logprobs", "several_prompts")
+DIRECT_REASONS = ("prompt_logprobs", "several_prompts", "truncation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,8 @@ def read_call(raw: bytes) -> Call:
 def _direct(body: Mapping[str, object]) -> str | None:
     """Log-probabilities of the prompt need its forward pass, which pages from elsewhere replace.
 
-    P's parameters name the pages of one prompt: given to several, each would read those of the first.
+    P's parameters name the pages of one prompt: given to several, each would read those of the first. A
+    prompt that is cut to leave room for the answer is another one on P, whose answer is one token.
     """
     prompt = body.get("prompt")
     echoes_logprobs = body.get("echo") is True and body.get("logprobs") is not None
@@ -79,6 +81,8 @@ def _direct(body: Mapping[str, object]) -> str | None:
         return "prompt_logprobs"
     if isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], (str, list)):
         return "several_prompts"
+    if body.get("truncate_prompt_tokens") == -1:
+        return "truncation"
     return None
 
 

@@ -30,6 +30,9 @@ class PassedRoutes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; raises ApiError where there is no answer."""
         headers = Headers(scope=scope)
+        if {".", ".."} & set(scope["path"].split("/")):
+            # A client would resolve them, and so reach routes that are not passed on.
+            raise ApiError(404, "This path does not exist.", code="not_found")
         try:
             body = await self._upstream.read(headers, receive) if scope["method"] == "POST" else None
             await unless_gone(receive, self._answer(scope["path"], headers, body, Reply(send, _uncounted)))

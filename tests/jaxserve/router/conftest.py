@@ -61,7 +61,7 @@ class FakeServer:
         return f"http://127.0.0.1:{self.port}"
 
     async def _serve(self, request: Request) -> Response:
-        asked = Asked(path=request.url.path, headers=dict(request.headers), raw=await request.body())
+        asked = Asked(path=request.scope["path"], headers=dict(request.headers), raw=await request.body())
         self.asked.append(asked)
         self.began.set()
         return await self.answer(request)

@@ -76,6 +76,17 @@ def test_a_request_without_an_id_gets_one_for_all_three(start: Start) -> None:
     assert ids == {response.headers["x-request-id"]}
 
 
+def test_a_header_that_is_no_ascii_is_passed_on(start: Start) -> None:
+    p, d = start(prefilled), start(decoded)
+    with routing([p.url], [d.url]) as router:
+        key = "Bearer schlüssel".encode("latin-1")
+        response = router.client.post(
+            "/v1/completions", json={"prompt": "a"}, headers={b"authorization": key}
+        )
+    assert response.status_code == 200
+    assert {asked.headers["authorization"] for asked in (*p.asked, *d.asked)} == {"Bearer schlüssel"}
+
+
 def test_a_stream_passes_through_chunk_by_chunk(start: Start) -> None:
     """The second chunk is not made before the client has the first."""
     chunks = [b'data: {"a":"\xc3', b'\xa9"}\n\n', b"data: [DONE]\n\n"]
@@ -112,6 +123,7 @@ def test_a_stream_passes_through_chunk_by_chunk(start: Start) -> None:
         ({"prompt": "a", "echo": True, "logprobs": 0}, "prompt_logprobs"),
         ({"prompt": ["a", "b"]}, "several_prompts"),
         ({"prompt": [[1], [2]]}, "several_prompts"),
+        ({"prompt": "a", "truncate_prompt_tokens": -1}, "truncation"),
     ],
 )
 def test_what_pages_from_elsewhere_would_falsify_goes_to_d_alone(

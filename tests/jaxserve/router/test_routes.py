@@ -86,15 +86,23 @@ def test_keys_are_asked_for(start: Start) -> None:
 def test_models_and_tokens_are_ds(start: Start) -> None:
     p, d = start(prefilled), start(answer_with(200, {"object": "list"}))
     with routing([p.url], [d.url]) as router:
-        for path in ("/v1/models", "/v1/models/some/name%20x"):
+        for path in ("/v1/models", "/v1/models/some/name%20x", "/v1/models/a%3Fb%23c"):
             assert router.client.get(path).json() == {"object": "list"}
         for path in ("/tokenize", "/detokenize"):
             assert router.client.post(path, json={"prompt": "a"}).json() == {"object": "list"}
     assert [asked.path for asked in d.asked] == [
-        *("/v1/models", "/v1/models/some/name x", "/tokenize", "/detokenize")
+        *("/v1/models", "/v1/models/some/name x", "/v1/models/a?b#c", "/tokenize", "/detokenize")
     ]
-    assert d.asked[2].body == {"prompt": "a"}
+    assert d.asked[3].body == {"prompt": "a"}
     assert not p.asked
+
+
+def test_no_path_leads_out_of_the_routes_that_are_passed_on(start: Start) -> None:
+    p, d = start(prefilled), start(decoded)
+    with routing([p.url], [d.url]) as router:
+        for path in ("/v1/models/%2e%2e/%2e%2e/metrics", "/v1/models/..%2f..%2freset_prefix_cache"):
+            assert router.client.get(path).status_code == 404
+    assert not d.asked
 
 
 def test_another_d_lists_the_models_when_one_is_gone(start: Start) -> None:
