@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ class PointerCopies:
         Raises:
             ValueError: no region, or one in another device's memory.
         """
-        self._views: tuple[np.ndarray, ...] = ()
+        self._views: list[tuple[slice, np.ndarray]] = []
+        self._num_pages = self._page_bytes = 0
         self.pool_moved(regions)
 
     def pool_moved(self, regions: Sequence[Region]) -> None:
@@ -44,38 +46,29 @@ class PointerCopies:
         """
         if not regions or any(region.device != "cpu" for region in regions):
             raise ValueError("pages can be copied by address only where the pool is in host memory")
-        self._views = tuple(_view(region) for region in regions)
+        self._num_pages = min(region.num_pages for region in regions)
+        ends = list(accumulate(region.page_bytes for region in regions))
+        self._page_bytes = ends[-1]
+        self._views = [
+            (slice(end - region.page_bytes, end), _view(region))
+            for end, region in zip(ends, regions, strict=True)
+        ]
 
     def read(self, pages: Sequence[int], out: np.ndarray) -> None:
         """Copies pages into the rows of `out`, uint8 `[n, page_bytes]`."""
-        self._check(pages, out)
+        _check(pages, out, self._num_pages, self._page_bytes)
         for first, last in runs(pages):
-            at = 0
-            for view in self._views:
-                width = view.shape[1]
-                page = pages[first]
-                out[first:last, at : at + width] = view[page : page + last - first]
-                at += width
+            page = pages[first]
+            for columns, view in self._views:
+                out[first:last, columns] = view[page : page + last - first]
 
     def write(self, pages: Sequence[int], rows: np.ndarray) -> None:
         """Copies rows, uint8 `[n, page_bytes]`, into pages."""
-        self._check(pages, rows)
+        _check(pages, rows, self._num_pages, self._page_bytes)
         for first, last in runs(pages):
-            at = 0
-            for view in self._views:
-                width = view.shape[1]
-                page = pages[first]
-                view[page : page + last - first] = rows[first:last, at : at + width]
-                at += width
-
-    def _check(self, pages: Sequence[int], rows: np.ndarray) -> None:
-        """A wrong index would read or write memory that is not the pool's."""
-        num_pages = min(view.shape[0] for view in self._views)
-        width = sum(view.shape[1] for view in self._views)
-        if rows.dtype != np.uint8 or rows.shape != (len(pages), width):
-            raise ValueError(f"{len(pages)} rows of {width} bytes are needed, got {rows.dtype} {rows.shape}")
-        if pages and not 0 <= min(pages) <= max(pages) < num_pages:
-            raise ValueError(f"pages {min(pages)} to {max(pages)} asked, the pool has {num_pages}")
+            page = pages[first]
+            for columns, view in self._views:
+                view[page : page + last - first] = rows[first:last, columns]
 
 
 class ProgramCopies:
@@ -130,10 +123,7 @@ class ProgramCopies:
         with self._lock:
             pool = self._get()
             num_pages, width = pool.shape[0], pool.nbytes // pool.shape[0]
-        if rows.dtype != np.uint8 or rows.shape != (len(pages), width):
-            raise ValueError(f"{len(pages)} rows of {width} bytes are needed, got {rows.dtype} {rows.shape}")
-        if pages and not 0 <= min(pages) <= max(pages) < num_pages:
-            raise ValueError(f"pages {min(pages)} to {max(pages)} asked, the pool has {num_pages}")
+        _check(pages, rows, num_pages, width)
         for first in range(0, len(pages), PAGES_PER_CALL):
             last = min(first + PAGES_PER_CALL, len(pages))
             indices = np.full(1 << (last - first - 1).bit_length(), DUMMY_PAGE, np.int32)
@@ -168,6 +158,18 @@ def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
             yield first, index
             first = index
+
+
+def _check(pages: Sequence[int], rows: np.ndarray, num_pages: int, page_bytes: int) -> None:
+    """A wrong index would read or write memory that is not the pool's.
+
+    Raises:
+        ValueError: pages that the pool does not have, or rows of another number or size.
+    """
+    if rows.dtype != np.uint8 or rows.shape != (len(pages), page_bytes):
+        raise ValueError(f"{len(pages)} rows of {page_bytes} bytes are needed, got {rows.dtype} {rows.shape}")
+    if pages and not 0 <= min(pages) <= max(pages) < num_pages:
+        raise ValueError(f"pages {min(pages)} to {max(pages)} asked, the pool has {num_pages}")
 
 
 def _view(region: Region) -> np.ndarray:

@@ -171,18 +171,17 @@ class HostDriver:
             pages, slots = command.pages, command.source.slots
         else:
             raise ValueError("a host tier cannot load from a peer")
-        if [len(group) for group in pages] != [len(group) for group in slots]:
+        if len(pages) != len(slots) or len({len(group) for group in (*pages, *slots)}) > 1:
             raise ValueError("pages and host slots are not aligned")
-        parts = sorted(
-            ((position, page, slot)
-            for group, rows in zip(pages, slots, strict=True)
-            for position, (page, slot) in enumerate(zip(group, rows, strict=True))
-            if page != DUMMY_PAGE),
-            key=lambda part: part[0],
-        )  # fmt: skip
-        for _, _, slot in parts:
-            if slot == NO_SLOT or not 0 < slot <= len(self.memory):
-                raise ValueError(f"host slot {slot} does not exist: there are {len(self.memory)}, from 1 on")
+        parts = [
+            (position, page, slot)
+            for position, column in enumerate(zip(*pages, *slots, strict=True))
+            for page, slot in zip(column[: len(pages)], column[len(pages) :], strict=True)
+            if page != DUMMY_PAGE
+        ]
+        wrong = next((slot for _, _, slot in parts if not NO_SLOT < slot <= len(self.memory)), None)
+        if wrong is not None:
+            raise ValueError(f"host slot {wrong} does not exist: there are {len(self.memory)}, from 1 on")
         return parts
 
     def _work(self) -> None:
