@@ -4,14 +4,13 @@ passes. What a connection says is judged by `kv.frames`; here are sockets, deadl
 import asyncio
 import itertools
 import os
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from kv.channel import ChannelError
 from kv.frames import NONCE_BYTES, End, FrameError
-from kv.tcp_connection import CHUNK_BYTES, DEADLINE_S, Connection
+from kv.tcp_connection import CHUNK_BYTES, DEADLINE_S, FAILURES, Connection, listen
 from kv.wire import Message, Refused, WireError, decode, encode
 
 IDLE_S = 60.0
@@ -26,8 +25,6 @@ MAX_UNANSWERED = 64
 MAX_IN_FLIGHT = 32
 """Calls on one connection that wait for their answers; others wait to be sent."""
 _NUMBER_BYTES = 8
-_FAILURES = (OSError, ValueError, OverflowError)
-"""What a connection may die of: the network, deadlines, frames that are not ours, names that are no hosts."""
 
 
 class _Guest:
@@ -38,19 +35,25 @@ class _Guest:
         self.unanswered: set[int] = set()
         self.room = asyncio.Semaphore(MAX_UNANSWERED)
         self.outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None
 
 
 class _Link:
-    """Our connection to one listener. Attributes: calls: not yet answered; in_flight: sent, not answered."""
+    """Our connection to one listener.
+
+    Attributes:
+        calls: their bytes, until they are answered or late.
+        in_flight: when they were sent, until they are answered, be it late.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self.host = host
         self.port = port
         self.connection: Connection | None = None
-        self.calls: set[int] = set()
+        self.calls: dict[int, bytes] = {}
         self.in_flight: dict[int, float] = {}
         self.room = asyncio.Semaphore(MAX_IN_FLIGHT)
-        self.outgoing: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
+        self.outgoing: asyncio.Queue[int] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
 
 
@@ -82,8 +85,9 @@ class TcpChannel:
         self._guests: list[_Guest] = []
         self._asked_by: dict[int, tuple[_Guest, bytes]] = {}
         self._links: dict[tuple[str, int], _Link] = {}
+        self._called: dict[int, _Link] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
-        self._listener = _listen(host, port)
+        self._listener = listen(host, port, backlog=MAX_STRANGERS + MAX_PEERS)
         self.port: int = self._listener.getsockname()[1]
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -139,7 +143,7 @@ class TcpChannel:
             self._loop.close()
 
     async def _main(self) -> None:
-        server = await asyncio.start_server(self._serve, sock=self._listener, limit=CHUNK_BYTES)
+        server = await asyncio.start_server(self._come_in, sock=self._listener, limit=CHUNK_BYTES)
         try:
             await self._stop.wait()
         finally:
@@ -157,16 +161,27 @@ class TcpChannel:
     # Calls of ours.
 
     def _begin(self, number: int, address: tuple[str, int], data: bytes, timeout_s: float) -> None:
+        self._timers[number] = self._loop.call_later(timeout_s, self._expire, number, timeout_s)
+        self._submit(number, address, data)
+
+    def _submit(self, number: int, address: tuple[str, int], data: bytes) -> None:
         link = self._links.get(address)
         if link is None:
             if len(self._links) >= MAX_LINKS and not self._drop_unused_link():
-                self._deliver(number, ChannelError(f"{MAX_LINKS} connections are in use"))
+                self._end(number, ChannelError(f"{MAX_LINKS} connections are in use"))
                 return
             link = self._links[address] = _Link(*address)
             link.task = self._loop.create_task(self._keep(link))
-        link.calls.add(number)
-        link.outgoing.put_nowait((number, data))
-        self._timers[number] = self._loop.call_later(timeout_s, self._expire, number, link, timeout_s)
+        self._called[number] = link
+        link.calls[number] = data
+        link.outgoing.put_nowait(number)
+
+    def _end(self, number: int, answer: Message | ChannelError) -> None:
+        self._timers.pop(number).cancel()
+        link = self._called.pop(number, None)
+        if link is not None:
+            del link.calls[number]
+        self._deliver(number, answer)
 
     def _drop_unused_link(self) -> bool:
         for address, link in self._links.items():
@@ -198,31 +213,36 @@ class TcpChannel:
                     payloads = []
         except TimeoutError:
             reason = "no sign of life before the deadline"
-        except _FAILURES as error:
+        except FAILURES as error:
             reason = str(error)
         finally:
-            if self._links.get((link.host, link.port)) is link:
-                del self._links[link.host, link.port]
+            self._forget(link)
             if sender is not None:
                 sender.cancel()
             if link.connection is not None:
                 link.connection.cut()
-            for number in sorted(link.calls):
-                self._timers.pop(number).cancel()
-                self._deliver(number, ChannelError(f"{link.host}:{link.port}: {reason}"))
-            link.calls.clear()
+            for number, data in list(link.calls.items()):
+                if sender is None or number in link.in_flight or self._closed:
+                    self._end(number, ChannelError(f"{link.host}:{link.port}: {reason}"))
+                else:  # The connection was old and its end crossed the call: nobody has seen it.
+                    self._submit(number, (link.host, link.port), data)
+
+    def _forget(self, link: _Link) -> None:
+        """The next call makes a new connection."""
+        if self._links.get((link.host, link.port)) is link:
+            del self._links[link.host, link.port]
 
     async def _send_calls(self, link: _Link, connection: Connection) -> None:
         try:
             while True:
-                number, data = await link.outgoing.get()
+                number = await link.outgoing.get()
                 await link.room.acquire()
                 if number not in link.calls:
                     link.room.release()
                     continue
                 link.in_flight[number] = self._loop.time()
-                await connection.send(number.to_bytes(_NUMBER_BYTES) + data)
-        except _FAILURES:
+                await connection.send(number.to_bytes(_NUMBER_BYTES) + link.calls[number])
+        except FAILURES:
             connection.cut()
 
     def _answered(self, link: _Link, payload: bytes) -> None:
@@ -236,27 +256,28 @@ class TcpChannel:
             answer: Message | ChannelError = decode(payload[_NUMBER_BYTES:])
         except WireError as error:
             answer = ChannelError(f"{link.host}:{link.port}: {error}")
-        link.calls.remove(number)
-        self._timers.pop(number).cancel()
-        self._deliver(number, answer)
+        self._end(number, answer)
 
-    def _expire(self, number: int, link: _Link, timeout_s: float) -> None:
-        link.calls.remove(number)
-        del self._timers[number]
-        self._deliver(number, ChannelError(f"{link.host}:{link.port}: no answer within {timeout_s:g} s"))
+    def _expire(self, number: int, timeout_s: float) -> None:
+        link = self._called[number]
+        self._end(number, ChannelError(f"{link.host}:{link.port}: no answer within {timeout_s:g} s"))
         sent_s = link.in_flight.get(number)
         if sent_s is not None and link.connection is not None and link.connection.heard_s < sent_s:
-            link.connection.cut()  # Nothing came since: a dead machine closes nothing.
+            self._forget(link)  # Nothing came since: a dead machine closes nothing.
+            link.connection.cut()
 
     # Calls of others.
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """The life of a guest."""
+    def _come_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         end = End(key=self._key, nonce=os.urandom(NONCE_BYTES), caller=False)
         guest = _Guest(Connection(reader, writer, end))
+        self._admit(guest)
+        guest.task = self._loop.create_task(self._serve(guest))
+
+    async def _serve(self, guest: _Guest) -> None:
+        """The life of a guest."""
         answering = None
         try:
-            self._admit(guest)
             payloads = await guest.connection.greet()
             self._promote(guest)
             answering = self._loop.create_task(self._send_answers(guest))
@@ -265,7 +286,7 @@ class TcpChannel:
                     await guest.room.acquire()
                     self._hear(guest, payload)
                 payloads = await guest.connection.read(1.5 * IDLE_S)
-        except _FAILURES:
+        except FAILURES:
             pass  # A stranger, or a peer that went away: the one who called learns of it, not we.
         finally:
             guest.connection.cut()
@@ -328,23 +349,5 @@ class TcpChannel:
         try:
             while True:
                 await guest.connection.send(await guest.outgoing.get())
-        except _FAILURES:
+        except FAILURES:
             guest.connection.cut()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # IPv4 first: callers of a name try all its addresses, callers of 127.0.0.1 only that one.
-        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-        listener = socket.socket(family, kind, protocol)  # Not inherited by children, as all of Python's.
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(MAX_STRANGERS + MAX_PEERS)
-        except OSError:
-            listener.close()
-            raise
-        return listener
-    except _FAILURES as error:
-        raise ChannelError(f"the side channel cannot listen on {host}:{port}: {error}") from None

@@ -1,12 +1,16 @@
 """One TCP connection of the side channel, whose reads and writes have deadlines."""
 
 import asyncio
+import socket
 
+from kv.channel import ChannelError
 from kv.frames import End
 
 DEADLINE_S = 5.0
 """For a connection with its greeting, for a frame that has begun to come, and for one to be sent."""
 CHUNK_BYTES = 1 << 16
+FAILURES = (OSError, ValueError, OverflowError)
+"""What a connection may die of: the network, deadlines, frames that are not ours, names that are no hosts."""
 
 
 class Connection:
@@ -60,3 +64,26 @@ class Connection:
     def cut(self) -> None:
         """Closes at once; what was not sent is lost."""
         self._writer.transport.abort()
+
+
+def listen(host: str, port: int, *, backlog: int) -> socket.socket:
+    """A socket that listens; port 0: on any port.
+
+    Raises:
+        ChannelError: the address cannot be listened on.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # IPv4 first: callers of a name try all its addresses, callers of 127.0.0.1 only that one.
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        listener = socket.socket(family, kind, protocol)  # Not inherited by children, as all of Python's.
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(backlog)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+    except FAILURES as error:
+        raise ChannelError(f"the side channel cannot listen on {host}:{port}: {error}") from None

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import resource
+import select
 import socket
 import struct
 import threading
@@ -38,8 +39,8 @@ PATIENCE_S = 20.0
 class Node:
     """A channel and a wait for what comes through it."""
 
-    def __init__(self, key: bytes = KEY) -> None:
-        self._news = threading.Event()
+    def __init__(self, key: bytes = KEY, news: threading.Event | None = None) -> None:
+        self._news = news or threading.Event()
         self.channel = TcpChannel("127.0.0.1", 0, key=key, wake=self._news.set, engine_id="test")
         self.port = self.channel.port
         self._asked: list[tuple[int, Message]] = []
@@ -70,16 +71,17 @@ class Node:
 
 
 @pytest.fixture
-def make_node() -> Generator[Callable[..., Node]]:
+def make_node(caplog: pytest.LogCaptureFixture) -> Generator[Callable[..., Node]]:
     nodes: list[Node] = []
 
-    def make(**options: bytes) -> Node:
-        nodes.append(Node(**options))
+    def make(key: bytes = KEY, news: threading.Event | None = None) -> Node:
+        nodes.append(Node(key, news))
         return nodes[-1]
 
     yield make
     for node in nodes:
         node.channel.close()
+    assert not caplog.records, "neither strangers nor the end of a channel are worth a line"
 
 
 @pytest.fixture
@@ -130,6 +132,18 @@ def greeted(port: int, key: bytes = KEY) -> tuple[socket.socket, End]:
         reply, _ = end.feed(connection.recv(1 << 16))
         connection.sendall(reply)
     return connection, end
+
+
+def welcomed(listener: socket.socket, count: int = 1) -> tuple[socket.socket, End, list[bytes]]:
+    """A listener of ours that a test drives by hand: greets a caller and hears `count` messages."""
+    connection, _ = listener.accept()
+    end = End(key=KEY, nonce=os.urandom(32), caller=False)
+    got: list[bytes] = []
+    while len(got) < count:
+        reply, more = end.feed(connection.recv(1 << 16))
+        connection.sendall(reply)
+        got += more
+    return connection, end, got
 
 
 def test_it_is_a_channel(p: Node) -> None:
@@ -420,16 +434,72 @@ def test_a_repeated_frame_cuts_the_connection(p: Node, d: Node) -> None:
     assert_honest_call(d, p)
 
 
+def spoil(listener: socket.socket, port: int, *, way: int, at: int, cut: bool) -> None:
+    """Carries one connection on, with one bit flipped in one direction, or with nothing from there on."""
+    ends = (listener.accept()[0], stranger(port))
+    passed = [0, 0]
+    with ends[0], ends[1]:
+        while True:
+            for ready in select.select(ends, [], [], PATIENCE_S)[0]:
+                side = ends.index(ready)
+                try:
+                    chunk = bytearray(ready.recv(1 << 16))
+                except ConnectionError:
+                    return
+                if not chunk:
+                    return
+                here = at - passed[side]
+                passed[side] += len(chunk)
+                if side == way and 0 <= here < len(chunk):
+                    chunk[here] ^= 1
+                    chunk = chunk[:here] if cut else chunk
+                if not (side == way and cut and here < 0):
+                    ends[1 - side].sendall(chunk)
+
+
+FAR = 10**6
+"""Of a stream that ends before it."""
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("at", [0, 7, 43, 50, 66, 82, 110, 125, FAR])
+@pytest.mark.parametrize("way", [0, 1])
+def test_a_spoiled_stream_is_an_error_and_never_another_message(
+    way: int, at: int, cut: bool, make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv.tcp_connection, "DEADLINE_S", 0.1)
+    news = threading.Event()
+    p, d = make_node(news=news), make_node(news=news)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        spoiler = threading.Thread(
+            target=spoil, args=(listener, p.port), kwargs={"way": way, "at": at, "cut": cut}
+        )
+        spoiler.start()
+        call = d.call(listener.getsockname()[1], timeout_s=10 if at == FAR else 0.3)
+        answers: dict[int, Message | ChannelError] = {}
+        asked = 0
+        while call not in answers:
+            assert news.wait(PATIENCE_S)
+            news.clear()
+            for number, message in p.channel.asked():
+                assert message == ASK
+                asked += 1
+                p.channel.answer(number, YES)
+            answers.update(d.channel.answers())
+        d.channel.close()
+        spoiler.join()
+    if at == FAR:
+        assert answers[call] == YES and asked == 1
+    else:
+        assert isinstance(answers[call], ChannelError)
+        assert asked == (1 if way == 1 and at > 68 else 0), "what was spoiled was not heard"
+
+
 def test_an_answer_to_nothing_cuts_the_connection(d: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         call = d.call(server.getsockname()[1])
-        connection, _ = server.accept()
-        end = End(key=KEY, nonce=os.urandom(32), caller=False)
+        connection, end, _ = welcomed(server)
         with connection:
-            got: list[bytes] = []
-            while not got:
-                reply, got = end.feed(connection.recv(1 << 16))
-                connection.sendall(reply)
             connection.sendall(end.wrap((10**6).to_bytes(8) + encode(YES)))
             answer = d.answer_to(call)
     assert isinstance(answer, ChannelError) and "nothing that was asked" in str(answer)
@@ -439,18 +509,26 @@ def test_a_dead_machine_is_left_and_a_new_connection_made(d: Node) -> None:
     """It took the call and never spoke again: the next call must not go the same way."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         call = d.call(server.getsockname()[1], timeout_s=0.3)
-        first, _ = server.accept()
-        end = End(key=KEY, nonce=os.urandom(32), caller=False)
+        first, _, _ = welcomed(server)
         with first:
-            got: list[bytes] = []
-            while not got:
-                reply, got = end.feed(first.recv(1 << 16))
-                first.sendall(reply)
             assert isinstance(d.answer_to(call), ChannelError)
             assert closed_after_s(first) < 1
         d.call(server.getsockname()[1], timeout_s=5)
         second, _ = server.accept()
         second.close()
+
+
+def test_a_call_that_was_not_sent_yet_goes_to_the_next_connection(d: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        calls = [d.call(server.getsockname()[1]) for _ in range(MAX_IN_FLIGHT + 1)]
+        first, _, _ = welcomed(server, MAX_IN_FLIGHT)
+        first.close()
+        for call in calls[:-1]:
+            assert isinstance(d.answer_to(call), ChannelError), "it was sent: nobody knows what became of it"
+        second, end, (payload,) = welcomed(server)
+        with second:
+            second.sendall(end.wrap(payload[:8] + encode(YES)))
+            assert d.answer_to(calls[-1]) == YES
 
 
 def test_connections_that_nobody_uses_are_dropped(p: Node, d: Node, monkeypatch: pytest.MonkeyPatch) -> None:
