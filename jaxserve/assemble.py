@@ -12,6 +12,7 @@ from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.device import Device, enable_compilation_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.text import Tokenizer
+from jaxserve.transfer import sized
 from jaxserve.weights.load import Loaded, load_model
 from jaxserve.weights.source import ModelSource, resolve
 from kv.types import KvSpec, PageGroup
@@ -42,6 +43,7 @@ class Parts:
     loaded: Loaded
     tokenizer: Tokenizer
     device: Device
+    spec: KvSpec
     scheduler: SchedulerConfig
     limits: Limits
     dtype: str
@@ -92,6 +94,7 @@ def assemble(config: EngineConfig, cache_dir: Path, report: Callable[[str], None
         cache_key=f"{loaded.weights_digest}/{dtype}",
         enable_prefix_caching=config.enable_prefix_caching,
         policy=config.scheduling_policy,
+        transfer=None if config.kv_transfer is None else sized(config.kv_transfer, spec, num_pages),
     )
     defaults = sampling_defaults(source) if config.generation_config == "auto" else {}
     return Parts(
@@ -99,6 +102,7 @@ def assemble(config: EngineConfig, cache_dir: Path, report: Callable[[str], None
         loaded=loaded,
         tokenizer=tokenizer,
         device=device,
+        spec=spec,
         scheduler=scheduler,
         limits=Limits(max_num_batched_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs),
         dtype=dtype,

@@ -90,7 +90,12 @@ class Executed:
 
 
 class Device:
-    """One model on this process's devices."""
+    """One model on this process's devices.
+
+    Attributes:
+        pool_moves: steps after which the page buffer had another address.
+        lock: held while the page buffer is donated and put back.
+    """
 
     def __init__(
         self,
@@ -119,6 +124,7 @@ class Device:
         self._pages, self._slots = self._allocate()
         self.pool_moves = 0
         self._known_address: int | None = pool.pointer(self._pages)
+        self.lock = threading.Lock()
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
 
     def compile(
@@ -225,14 +231,16 @@ class Device:
     def _launch(
         self, bucket: Bucket, packed: np.ndarray, spans: Sequence[PromptSpan]
     ) -> tuple[jax.Array, list[tuple[PromptSpan, tuple[jax.Array, ...]]]]:
-        programs, pages, address = self._programs, self._pages, pool.pointer(self._pages)
+        programs = self._programs
         uploaded = jnp.asarray(packed)
         compiled = self._compiled.get(bucket)
-        self._pages, self._slots, sampled, hidden = (
-            programs.step(self._weights, pages, self._slots, uploaded, bucket=bucket)
-            if compiled is None
-            else compiled(self._weights, pages, self._slots, uploaded)
-        )
+        with self.lock:
+            pages, address = self._pages, pool.pointer(self._pages)
+            self._pages, self._slots, sampled, hidden = (
+                programs.step(self._weights, pages, self._slots, uploaded, bucket=bucket)
+                if compiled is None
+                else compiled(self._weights, pages, self._slots, uploaded)
+            )
         chunks = [(span, tuple(self._span_chunks(hidden, span))) for span in spans]
         if pool.pointer(self._pages) != address:
             self.pool_moves += 1

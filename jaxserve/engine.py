@@ -14,6 +14,7 @@ import queue
 import random
 import secrets
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -30,17 +31,25 @@ from jaxserve.outputs import (
     Delta,
     RequestOutput,
     RequestRefused,
+    Transfer,
 )
 from jaxserve.record import RecordFile
 from jaxserve.sample import MAX_LOGPROBS, pack_slot
 from jaxserve.text import ChatTemplate, TemplatePool, Tokenizer
+from jaxserve.transfer import open_door
+from jaxserve.warn_once import warn_of_roles
 from jaxserve.weights.smollm2 import default_cache_dir
+from kv.config import NIXL, OFFLOADING, PRODUCER, SIMPLE_CPU
 from metrics.exposition import EngineSeries, Exposition, Family, Sample
+from metrics.move_series import MoveSeries, OffloadTier, SimpleTier, move_families
 from metrics.prometheus import DEFAULT_PREFIX, make_registry, render
 from scheduler.admit import never_fits
 from scheduler.types import Request, SamplingParams
 
 logger = logging.getLogger("jaxserve")
+
+LEASE_LOOK_S = 0.05
+"""Between looks, while draining, at whether peers have read what they were promised."""
 
 
 class Engine:
@@ -82,6 +91,9 @@ class Engine:
             *(config.names[0], self._parts.dtype, scheduler.num_pages, scheduler.page_size),
             scheduler.max_model_len,
         )
+        if config.kv_transfer is not None:
+            warn_of_roles(config.kv_transfer)
+        self._door, movers = open_door(config, scheduler, self._parts.spec, self._parts.device, cache_dir)
         if not config.enforce_eager:
             self._compile()
         self._pool = TemplatePool()
@@ -100,6 +112,7 @@ class Engine:
             self._parts.device,
             self._parts.tokenizer,
             max_num_queued_reqs=config.max_num_queued_reqs,
+            movers=movers,
             recorder=None if self._record is None else self._record.write,
             log_stats=config.log_stats,
         )
@@ -175,6 +188,16 @@ class Engine:
     def new_request_id(self, prefix: str) -> str:
         """An id that was never used before, in this engine's life or another's."""
         return f"{prefix}-{self._life}-{next(self._numbers)}"
+
+    def open_transfer(
+        self, params: Mapping[str, Any], prompt_token_ids: tuple[int, ...], cache_salt: str
+    ) -> Transfer:
+        """What a request's `kv_transfer_params` ask for, checked against our role and our peers' key.
+
+        Raises:
+            RequestRefused: this engine cannot give it, or the parameters are no peer's.
+        """
+        return self._door.open(params, prompt_token_ids, cache_salt)
 
     def submit(self, request: Request, sink: Callable[[Delta], None]) -> None:
         """Takes a request in; its deltas go to `sink` on the engine's thread.
@@ -317,13 +340,17 @@ class Engine:
         )
 
     async def drain(self, timeout_s: float) -> None:
-        """Lets running requests finish within the time, then aborts the rest. No new ones are taken."""
-        inbox = self._loop.inbox
+        """Lets running requests finish within the time, then aborts the rest. No new ones are taken. Pages
+        that are leased stay until a peer has read them, the lease has ended, or the time is over."""
+        inbox, deadline = self._loop.inbox, time.monotonic() + timeout_s
         inbox.shut()
         if not await asyncio.to_thread(inbox.wait_until_idle, timeout_s):
             logger.warning("aborting %d requests that did not finish in %g s", inbox.num_live, timeout_s)
             inbox.abort_all()
             await asyncio.to_thread(inbox.wait_until_idle, 5.0)
+            return
+        while self._loop.num_leases and time.monotonic() < deadline:
+            await asyncio.sleep(LEASE_LOOK_S)
 
     def close(self) -> None:
         """Aborts what lives, and ends the loop and its helpers' processes."""
@@ -377,8 +404,32 @@ class Engine:
             help="Steps after which the page buffer had another address; 0 unless donation failed.",
             samples=(Sample(value=self._parts.device.pool_moves),),
         )
-        series = EngineSeries(stats=self._loop.stats, cache_config=cache, extra=(moves,))
+        extra = (moves, *move_families(self._moves()))
+        series = EngineSeries(stats=self._loop.stats, cache_config=cache, extra=extra)
         return Exposition(model_name=self.config.names[0], engines=(series,))
+
+    def _moves(self) -> MoveSeries:
+        transfer, spec = self._parts.scheduler.transfer, self._parts.spec
+        leaves = () if transfer is None else transfer.leaves
+        return MoveSeries(
+            stats=self._loop.move_stats,
+            fetches=any(leaf.kind == NIXL and leaf.role != PRODUCER for leaf in leaves),
+            offload_tiers=tuple(
+                OffloadTier(
+                    num_chunks=leaf.host_slots // leaf.pages_per_chunk,
+                    pages_per_chunk=leaf.pages_per_chunk,
+                    num_bytes=leaf.host_slots * spec.page_bytes,
+                    num_tokens=leaf.host_slots * spec.page_size,
+                )
+                for leaf in leaves
+                if leaf.kind == OFFLOADING
+            ),
+            simple_tiers=tuple(
+                SimpleTier(lazy_offload=leaf.lazy_offload, slots=leaf.host_slots)
+                for leaf in leaves
+                if leaf.kind == SIMPLE_CPU
+            ),
+        )
 
 
 def _somebody_looks() -> bool:

@@ -7,6 +7,8 @@ from kv.driver import Driver, Region
 from kv.moves import Command, Event, LeaseTerms, Load, Store
 from scheduler.types import Request
 
+Seal = Callable[[LeaseTerms, Request], Mapping[str, Any]]
+
 
 class Movers:
     """Hands each command to its connector's driver, and gathers what the drivers answer.
@@ -17,19 +19,12 @@ class Movers:
         kinds: class of each leaf connector, by its index in commands.
     """
 
-    def __init__(
-        self,
-        kinds: Sequence[str] = (),
-        drivers: Mapping[int, Driver] | None = None,
-        *,
-        seal: Callable[[LeaseTerms, Request], Mapping[str, Any]] | None = None,
-    ) -> None:
-        """`seal` makes `kv_transfer_params` of a lease's terms."""
+    def __init__(self, kinds: Sequence[str] = ()) -> None:
         self.kinds = tuple(kinds)
-        self._drivers = dict(drivers or {})
-        self._seal = seal
+        self._drivers: dict[int, Driver] = {}
+        self._seal: Seal | None = None
         self._listener: Callable[[], None] | None = None
-        self._owners: dict[int, int] = {}
+        self._under_way: dict[int, Load | Store] = {}
 
     def wake(self) -> None:
         """A driver has something to tell."""
@@ -39,6 +34,10 @@ class Movers:
     def add(self, index: int, driver: Driver) -> None:
         """One more driver; drivers are made with this object's `wake`."""
         self._drivers[index] = driver
+
+    def sealed_by(self, seal: Seal) -> None:
+        """How a lease's terms become the `kv_transfer_params` of an answer."""
+        self._seal = seal
 
     def begin(self, listener: Callable[[], None]) -> None:
         """From now on `listener` is called whenever there is something to poll."""
@@ -50,7 +49,7 @@ class Movers:
             return
         for command in commands:
             if isinstance(command, Load | Store):
-                self._owners[command.move_id] = command.connector
+                self._under_way[command.move_id] = command
         for index, driver in self._drivers.items():
             mine = [command for command in commands if command.connector == index]
             if mine:
@@ -60,10 +59,9 @@ class Movers:
         """What happened since the last call."""
         return [event for driver in self._drivers.values() for event in driver.poll()]
 
-    def kind_of(self, move_id: int) -> str | None:
-        """The class of connector of a move that is being reported; asked once per move."""
-        index = self._owners.pop(move_id, None)
-        return None if index is None else self.kinds[index]
+    def ended(self, move_id: int) -> Load | Store | None:
+        """The command of a move that has ended; asked once per move. None: it is unknown."""
+        return self._under_way.pop(move_id, None)
 
     def pool_moved(self, regions: Sequence[Region]) -> None:
         """The page buffer lies elsewhere."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxserve.device import Executed
 from jaxserve.movers import Movers
 from jaxserve.outputs import Delta, TokenLogprobs
-from jaxserve.report_moves import observe_events, observe_plan
+from jaxserve.report_moves import observe_moves
 from jaxserve.sample import Sampled
 from jaxserve.sequence import LiveRequest, LiveSequence, error_end
 from kv.moves import Event
@@ -97,8 +97,7 @@ class Reporter:
             if live is not None and (entry.request_id, entry.index) in ends:
                 self._send_end(live, entry, news.now)
         self.stats = observe_step(self.stats, step_record(news, gaps))
-        self.moves = observe_events(self.moves, news.events, self._movers.kind_of)
-        self.moves = observe_plan(self.moves, news.plan, self._movers.kinds)
+        self.moves = observe_moves(self.moves, news.events, news.plan, self._movers)
         over, self._over = self._over, []
         for live in over:
             self._forget(live)

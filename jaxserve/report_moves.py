@@ -1,9 +1,10 @@
 """What became of moves, folded into statistics."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from kv.moves import Event, HostSource, Load, Loaded, NotificationFailed, Stored
+from jaxserve.movers import Movers
+from kv.moves import Event, HostSource, Load, Loaded, NotificationFailed, Store, Stored
 from kv.types import DUMMY_PAGE
 from metrics.move_records import LoadRecord, MoveStepRecord, StoreRecord
 from metrics.moves import FetchStages, MoveStats, PageStates, TierSlots
@@ -18,27 +19,35 @@ from scheduler.types import Plan
 logger = logging.getLogger("jaxserve")
 
 
-def observe_events(
-    stats: MoveStats, events: Sequence[Event], kind_of: Callable[[int], str | None]
-) -> MoveStats:
-    """The drivers' answers. `kind_of`: the class of connector of a move; None: it is unknown."""
+def observe_moves(stats: MoveStats, events: Sequence[Event], plan: Plan, movers: Movers) -> MoveStats:
+    """The drivers' answers, then what the step decided. Numbers that contradict each other cost observations,
+    not the loop."""
+    try:
+        return observe_plan(observe_events(stats, events, movers), plan, movers.kinds)
+    except (ValueError, IndexError):
+        logger.exception("moves of a step are not counted")
+        return stats
+
+
+def observe_events(stats: MoveStats, events: Sequence[Event], movers: Movers) -> MoveStats:
+    """The drivers' answers."""
     for event in events:
         match event:
             case Loaded():
                 if event.error is not None:
                     logger.warning("a load did not bring everything: %s", event.error)
-                kind = kind_of(event.move_id)
-                if kind is not None:
-                    stats = observe_load(stats, kind, _load(event))
+                load = movers.ended(event.move_id)
+                if isinstance(load, Load):
+                    stats = observe_load(stats, movers.kinds[load.connector], _load(event, load))
             case Stored():
                 if event.error is not None:
                     logger.warning("pages were not stored: %s", event.error)
-                kind = kind_of(event.move_id)
-                if kind is not None:
+                store = movers.ended(event.move_id)
+                if isinstance(store, Store):
                     record = StoreRecord(
                         failed=event.error is not None, num_bytes=event.num_bytes, seconds=event.seconds
                     )
-                    stats = observe_store(stats, kind, record)
+                    stats = observe_store(stats, movers.kinds[store.connector], record)
             case NotificationFailed():
                 stats = observe_notification_failure(stats)
             case _:
@@ -46,11 +55,11 @@ def observe_events(
     return stats
 
 
-def _load(event: Loaded) -> LoadRecord:
+def _load(event: Loaded, load: Load) -> LoadRecord:
     return LoadRecord(
         failed=event.error is not None,
         stage=event.stage,
-        num_pages=event.num_pages,
+        num_pages=_pages(load, event.num_pages),
         num_bytes=event.num_bytes,
         num_descriptors=event.num_descriptors,
         seconds=event.seconds,
@@ -96,5 +105,6 @@ def observe_plan(stats: MoveStats, plan: Plan, kinds: Sequence[str]) -> MoveStat
     return observe_step_moves(stats, record)
 
 
-def _pages(load: Load) -> int:
-    return sum(page != DUMMY_PAGE for group in load.pages for page in group)
+def _pages(load: Load, positions: int | None = None) -> int:
+    """Pages of a load's leading positions; None: of all."""
+    return sum(page != DUMMY_PAGE for group in load.pages for page in group[:positions])
