@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from kv.channel import Channel
 from kv.config import ConnectorConfig
@@ -43,8 +44,8 @@ def available() -> bool:
     return importlib.util.find_spec("nixl") is not None
 
 
-def make_agent(name: str) -> Agent:
-    """A NIXL agent over UCX: no listener, no etcd, no thread.
+def load() -> ModuleType:
+    """NIXL's Python interface.
 
     Raises:
         NixlUnavailable: NIXL is not installed, or its libraries do not load.
@@ -52,16 +53,30 @@ def make_agent(name: str) -> Agent:
     for key, value in UCX_DEFAULTS.items():
         os.environ.setdefault(key, value)
     try:
-        api = importlib.import_module("nixl._api")  # only now: its libraries read the environment
+        return importlib.import_module("nixl._api")  # only now: its libraries read the environment
     except (ImportError, OSError) as error:
         why = " ".join(str(error).split())
         raise NixlUnavailable(
             f"NixlConnector needs NIXL: pip install --no-deps nixl nixl-cu13 ({why})"
         ) from None
+
+
+def make_agent(name: str) -> Agent:
+    """A NIXL agent over UCX: no listener, no etcd, no thread.
+
+    Raises:
+        NixlUnavailable: see `load`.
+    """
+    api = load()
     config = api.nixl_agent_config(
         enable_prog_thread=False, enable_listen_thread=False, capture_telemetry=True, backends=["UCX"]
     )
     return api.nixl_agent(name, config)
+
+
+def _real_agent() -> Callable[[str], Agent]:
+    load()
+    return make_agent
 
 
 class NixlDriver:
@@ -77,16 +92,18 @@ class NixlDriver:
         make_channel: Callable[[Callable[[], None]], Channel],
         wake: Callable[[], None],
         clock: Clock = time.monotonic,
-        make_agent: Callable[[str], Agent] = make_agent,
+        make_agent: Callable[[str], Agent] | None = None,
         quarantine_pages_max: int | None = None,
     ) -> None:
         """Args:
             make_channel: makes the side channel, given what it calls, from any thread, when something came.
             wake: called from the thread whenever `poll` would return something.
             clock: of the loop; leases are judged by it.
+            make_agent: None: of the real NIXL.
 
         Raises:
-            AgentError: NIXL is missing or cannot use the pool.
+            NixlUnavailable: see `load`.
+            AgentError: NIXL cannot use the pool.
             ChannelError: the side channel's address cannot be listened on.
         """
         self._clock = clock
@@ -100,6 +117,8 @@ class NixlDriver:
         self._stop = False
         self._dead = False
         self._open: dict[int, bool] = {}  # loads not answered (True), or answered and not yet safe
+        if make_agent is None:
+            make_agent = _real_agent()
         channel = make_channel(self._work.set)
         try:
             self._transfers = Transfers(

@@ -145,6 +145,7 @@ class Transfers:
         self._end_all("the page buffer has moved")
         self._regions = tuple(regions)
         self._peers.clear()
+        self._copies.pool_moved(regions)
         self._make_agents()
 
     def close(self) -> None:

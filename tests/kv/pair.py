@@ -36,6 +36,9 @@ class Pool:
     def write(self, pages: Sequence[int], rows: np.ndarray) -> None:
         self.rows[list(pages)] = rows
 
+    def pool_moved(self, regions: Sequence[Region]) -> None:
+        assert list(regions) == [self.region]
+
     def tokens(self, pages: Sequence[int]) -> np.ndarray:
         """What attention sees: uint16 `[layers, 2, heads, tokens, dim]`."""
         views = [self.rows[page].view(np.uint16).reshape(self.shape) for page in pages]
