@@ -61,14 +61,14 @@ class TcpChannel:
     """`kv.channel.Channel` over TCP. Listens from its making until `close`.
 
     Attributes:
-        port: on which it listens.
+        port: on which it listens; 0: it only calls.
     """
 
     def __init__(
-        self, host: str, port: int, *, key: bytes, wake: Callable[[], None], engine_id: str = ""
+        self, host: str, port: int | None, *, key: bytes, wake: Callable[[], None], engine_id: str = ""
     ) -> None:
         """Args:
-            host, port: to listen on; port 0: any.
+            host, port: to listen on; port 0: any; None: it only calls.
             key: of all engines that may talk with this one.
             wake: called, mostly from another thread, whenever `asked` or `answers` would return something.
             engine_id: names the thread.
@@ -87,8 +87,8 @@ class TcpChannel:
         self._links: dict[tuple[str, int], _Link] = {}
         self._called: dict[int, _Link] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
-        self._listener = listen(host, port, backlog=MAX_STRANGERS + MAX_PEERS)
-        self.port: int = self._listener.getsockname()[1]
+        self._listener = None if port is None else listen(host, port, backlog=MAX_STRANGERS + MAX_PEERS)
+        self.port: int = 0 if self._listener is None else self._listener.getsockname()[1]
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -143,11 +143,16 @@ class TcpChannel:
             self._loop.close()
 
     async def _main(self) -> None:
-        server = await asyncio.start_server(self._come_in, sock=self._listener, limit=CHUNK_BYTES)
+        server = (
+            None
+            if self._listener is None
+            else await asyncio.start_server(self._come_in, sock=self._listener, limit=CHUNK_BYTES)
+        )
         try:
             await self._stop.wait()
         finally:
-            server.close()
+            if server is not None:
+                server.close()
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
