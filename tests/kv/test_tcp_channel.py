@@ -1,5 +1,6 @@
 """The side channel over real sockets: honest calls are answered, whatever strangers do beside them."""
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -266,6 +267,27 @@ def test_closing_answers_what_is_under_way_and_frees_the_port(p: Node, d: Node) 
     d.channel.answer(1, YES)
     with socket.create_server(("127.0.0.1", d.port)):
         pass
+
+
+def listening() -> int:
+    """Sockets of this process that listen."""
+    tables = [Path(f"/proc/self/net/{name}") for name in ("tcp", "tcp6")]
+    rows = [row.split() for table in tables if table.exists() for row in table.read_text().splitlines()]
+    ours = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # The listing's own descriptor is gone already.
+            ours.add(os.readlink(f"/proc/self/fd/{name}"))
+    return sum(row[3] == "0A" and f"socket:[{row[9]}]" in ours for row in rows)
+
+
+def test_one_that_only_calls_listens_on_nothing(p: Node, d: Node) -> None:
+    both = listening()
+    d.channel.close()
+    assert listening() == both - 1
+    d.channel = TcpChannel("127.0.0.1", None, key=KEY, wake=d._news.set)
+    assert d.channel.port == 0
+    assert_honest_call(d, p)
+    assert listening() == both - 1
 
 
 def test_a_port_in_use_is_one_clear_line(p: Node) -> None:
