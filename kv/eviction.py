@@ -8,6 +8,7 @@ never return cannot flush prefixes that do. Both are linear: methods change them
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 from typing import Protocol
 
 Key = tuple[int, bytes]
@@ -29,8 +30,8 @@ class Policy(Protocol):
         """An entry becomes the most recent of its kind, without having been used again."""
         ...
 
-    def victims(self, count: int, may_go: Callable[[Key], bool]) -> list[Key] | None:
-        """The `count` entries that go first among those that may; None: there are not so many."""
+    def victims(self, count: int, may_go: Callable[[Key], bool]) -> list[Key]:
+        """The entries that go first among those that may, at most `count`."""
         ...
 
     def evict(self, key: Key) -> None:
@@ -70,15 +71,9 @@ class Lru:
         """An entry becomes the most recent."""
         self._order.move_to_end(key)
 
-    def victims(self, count: int, may_go: Callable[[Key], bool]) -> list[Key] | None:
-        """The `count` oldest entries among those that may go; None: there are not so many."""
-        chosen: list[Key] = []
-        for key in self._order:
-            if len(chosen) == count:
-                break
-            if may_go(key):
-                chosen.append(key)
-        return chosen if len(chosen) == count else None
+    def victims(self, count: int, may_go: Callable[[Key], bool]) -> list[Key]:
+        """The oldest entries among those that may go, at most `count`."""
+        return list(islice((key for key in self._order if may_go(key)), count))
 
     def evict(self, key: Key) -> None:
         """An entry goes to make room."""
@@ -141,8 +136,8 @@ class Arc:
         """An entry becomes the most recent of its list."""
         (self._recent if key in self._recent else self._frequent).move_to_end(key)
 
-    def victims(self, count: int, may_go: Callable[[Key], bool]) -> list[Key] | None:
-        """The entries that go first: of `recent` while it has reached its target, else of `frequent`."""
+    def victims(self, count: int, may_go: Callable[[Key], bool]) -> list[Key]:
+        """At most `count` entries, the oldest of `recent` while it reaches its target, else of `frequent`."""
         recent = (key for key in self._recent if may_go(key))
         frequent = (key for key in self._frequent if may_go(key))
         left = len(self._recent)
@@ -151,7 +146,7 @@ class Arc:
             first, second = (recent, frequent) if left >= int(self.target) else (frequent, recent)
             key = next(first, None) or next(second, None)
             if key is None:
-                return None
+                break
             left -= key in self._recent
             chosen.append(key)
         return chosen

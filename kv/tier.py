@@ -105,11 +105,10 @@ class Tier:
         for known, pages in zip(self._chunk_of, sees, strict=True):
             first = start if pages is None else max(start, end - pages)
             slots = [NO_SLOT] * (min(first, end) - start)
-            for position in range(first, end):
-                chunk = known[chunk_names[position // size]]
-                if self._storing[chunk]:
-                    return None
-                slots.append(self.slots(chunk)[position % size])
+            chunks = [known[name] for name in chunk_names[first // size : end // size]]
+            if any(self._storing[chunk] for chunk in chunks):
+                return None
+            slots += [chunk * size + at for chunk in chunks for at in range(1, size + 1)][first % size :]
             found.append(tuple(slots))
         return tuple(found)
 
@@ -144,11 +143,16 @@ class Tier:
                 self._held -= 1
                 self._give_back(chunk)
 
+    def room(self, most: int, keep: Container[bytes] = ()) -> int:
+        """How many chunks, up to `most`, `reserve` could give without evicting the names in `keep`."""
+        short = most - len(self._free)
+        return most if short <= 0 else len(self._free) + len(self._victims(short, keep))
+
     def reserve(self, keys: Sequence[Key], keep: Container[bytes] = ()) -> list[int] | None:
         """Makes room for new entries, all or none, evicting what is needed. Their stores begin.
 
         Args:
-            keys: none of them is held.
+            keys: none of them is held. The first becomes the most recent.
             keep: names that are not evicted for these.
 
         Returns:
@@ -156,8 +160,8 @@ class Tier:
         """
         short = len(keys) - len(self._free)
         if short > 0:
-            victims = self._policy.victims(short, lambda key: key[1] not in keep and self._idle(key))
-            if victims is None:
+            victims = self._victims(short, keep)
+            if len(victims) < short:
                 return None
             for key in victims:
                 self._policy.evict(key)
@@ -168,6 +172,7 @@ class Tier:
             self._key_of[chunk] = key
             self._storing[chunk] = 1
             self._held += 1
+        for key in reversed(keys):
             self._policy.add(key)
         return chunks
 
@@ -244,9 +249,12 @@ class Tier:
         size = self.pages_per_chunk
         return iter(dict.fromkeys((slot - 1) // size for slot in slots if slot != NO_SLOT))
 
-    def _idle(self, key: Key) -> bool:
-        chunk = self._chunk_of[key[0]][key[1]]
-        return self._pins[chunk] == 0 and not self._storing[chunk]
+    def _victims(self, count: int, keep: Container[bytes]) -> list[Key]:
+        def may_go(key: Key) -> bool:
+            chunk = self._chunk_of[key[0]][key[1]]
+            return not (self._pins[chunk] or self._storing[chunk]) and key[1] not in keep
+
+        return self._policy.victims(count, may_go)
 
     def _drop(self, key: Key) -> int:
         """Takes an entry out of the index; returns its chunk."""
@@ -279,7 +287,7 @@ def match_length(
     end = len(names)
     for group, count in zip(known, needed, strict=True):
         if count is None:
-            end = next((at for at in range(start, end) if names[at] not in group), end)
+            end = _leading(group, names, start, end)
     while True:
         shrunk = end
         for group, count in zip(known, needed, strict=True):
@@ -288,6 +296,14 @@ def match_length(
         if shrunk == end:
             return end
         end = shrunk
+
+
+def _leading(known: Container[bytes], names: Sequence[bytes], start: int, end: int) -> int:
+    """Where the run of known names from `start` on ends."""
+    for at in range(start, end):
+        if names[at] not in known:
+            return at
+    return end
 
 
 def _ending(known: Container[bytes], names: Sequence[bytes], start: int, end: int, count: int) -> int:

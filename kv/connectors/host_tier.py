@@ -11,6 +11,9 @@ from kv.prefix import window_pages
 from kv.tier import Tier
 from kv.types import DUMMY_PAGE
 
+RANKED_REQUESTS = 4096
+"""Requests whose entries are ranked at their end; of more, the oldest are not."""
+
 
 class HostTierConnector:
     """A connector whose pages lie in a host tier of this engine. Linear: methods change it in place.
@@ -156,30 +159,28 @@ class HostTierConnector:
         if not ends:
             return ()
         self._offered[pages.request_id] = (pages.names, ends[-1])
+        if len(self._offered) > RANKED_REQUESTS:
+            del self._offered[next(iter(self._offered))]
         wanted = [(end, keys) for end in ends if (keys := self._missing(pages, end))]
-        short = sum(len(keys) for _, keys in wanted) > self._tier.free_chunks
-        keep = frozenset(pages.names[: ends[-1]]) if short else frozenset[bytes]()
+        count = sum(len(keys) for _, keys in wanted)
+        keep = frozenset(pages.names[: ends[-1]]) if count > self._tier.free_chunks else frozenset[bytes]()
+        room = self._tier.room(count, keep)
+        fits: list[tuple[int, Key]] = []
+        for end, keys in wanted:
+            if len(fits) + len(keys) > room:
+                left = [(at, key) for at, rest in wanted if at >= end for key in rest]
+                self._outcomes["dropped_cpu_full"] += sum(_real(pages, key[0], at, size) for at, key in left)
+                break
+            fits += [(end, key) for key in keys]
+        chunks = self._tier.reserve([key for _, key in fits], keep) or ()
         from_pages: list[int] = []
         to_slots: list[int] = []
-        reserved: list[Key] = []
-        for place, (end, keys) in enumerate(wanted):
-            chunks = self._tier.reserve(keys, keep)
-            if chunks is None:
-                left = [(at, key) for at, rest in wanted[place:] for key in rest]
-                self._outcomes["dropped_cpu_full"] += sum(
-                    len(_real(pages, key[0], at, size)) for at, key in left
-                )
-                break
-            reserved += keys
-            for (group, _), chunk in zip(keys, chunks, strict=True):
-                for page, slot in zip(
-                    pages.tables[group][end - size : end], self._tier.slots(chunk), strict=True
-                ):
-                    if page != DUMMY_PAGE:
-                        from_pages.append(page)
-                        to_slots.append(slot)
-        for group, name in reversed(reserved):
-            self._tier.refresh(group, name)
+        for (end, (group, _)), chunk in zip(fits, chunks, strict=True):
+            slots = self._tier.slots(chunk)
+            for page, slot in zip(pages.tables[group][end - size : end], slots, strict=True):
+                if page != DUMMY_PAGE:
+                    from_pages.append(page)
+                    to_slots.append(slot)
         return self._order(from_pages, to_slots)
 
     def _missing(self, pages: FullPages, end: int) -> list[Key]:
@@ -187,16 +188,16 @@ class HostTierConnector:
         size, name = self._tier.pages_per_chunk, pages.names[end - 1]
         keys: list[Key] = []
         for group, tail in enumerate(self._tail):
-            real = len(_real(pages, group, end, size))
             if tail == 0:
                 continue
             if self._tier.holds(group, name):
                 storing = self._tier.is_storing(group, name)
-                self._outcomes["skipped_in_flight" if storing else "skipped_already_cached"] += real
+                outcome = "skipped_in_flight" if storing else "skipped_already_cached"
+                self._outcomes[outcome] += _real(pages, group, end, size)
                 if not storing:
                     self._tier.touch(group, name)
             elif DUMMY_PAGE in pages.tables[group][end - tail : end]:
-                self._outcomes["dropped_null_block"] += real
+                self._outcomes["dropped_null_block"] += _real(pages, group, end, size)
             else:
                 keys.append((group, name))
         return keys
@@ -206,9 +207,9 @@ class HostTierConnector:
         return (order,) if order.pages else ()
 
 
-def _real(pages: FullPages, group: int, end: int, size: int) -> list[int]:
-    """The pages of a chunk that its group still has."""
-    return [page for page in pages.tables[group][end - size : end] if page != DUMMY_PAGE]
+def _real(pages: FullPages, group: int, end: int, size: int) -> int:
+    """How many pages of a chunk its group still has."""
+    return size - pages.tables[group][end - size : end].count(DUMMY_PAGE)
 
 
 def _slots(source: RemoteSource | HostSource) -> PageLists:

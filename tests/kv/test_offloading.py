@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv.config import OFFLOADING, ConnectorConfig
+from kv.connectors import host_tier
 from kv.connectors.base import LATER, Answer, Connector, FullPages, Later, Offer, Query, StoreOrder
 from kv.connectors.offloading import OffloadingConnector
 from kv.moves import HOST, HostSource, RemoteSource
@@ -91,7 +92,7 @@ def test_only_whole_chunks_are_stored_also_across_steps():
     assert done(tier, tier.offer(full("a", 4, 9))) == [103, 104, 105, 106, 107, 108]
     assert tier.take_outcomes() == [(3, "stored", 9)]
     assert tier.take_outcomes() == []
-    assert tier.tiers() == [(3, 9, 0, 63)], "64 slots are 21 chunks"
+    assert tier.tiers() == [(3, 9, 0, 0, 63)], "64 slots are 21 chunks"
     assert tokens(tier.lookup(query("a", 9 * SIZE + 1))) == 9 * SIZE
     assert tokens(tier.lookup(query("a", 8 * SIZE))) == 6 * SIZE
     offer = only(tier.lookup(query("a", 8 * SIZE, computed=SIZE)))
@@ -141,7 +142,7 @@ def test_a_store_in_flight_defers_the_lookup_and_is_not_stored_twice():
 def test_a_failed_store_is_forgotten_and_may_be_tried_again():
     tier = connector()
     done(tier, tier.offer(full("a", 0, 2)), ok=False)
-    assert tier.take_outcomes() == [] and tier.tiers() == [(3, 0, 0, 64)]
+    assert tier.take_outcomes() == [] and tier.tiers() == [(3, 0, 0, 0, 64)]
     assert tier.lookup(query("a", 2 * SIZE)) == ()
     assert done(tier, tier.offer(full("a", 0, 2))) == [100, 101]
 
@@ -168,12 +169,12 @@ def test_what_is_loaded_is_pinned_until_the_load_has_ended():
     tier = connector(slots=2)
     done(tier, tier.offer(full("a", 0, 2)))
     answer = tier.lookup(query("a", 2 * SIZE))
-    assert tier.tiers() == [(3, 2, 0, 2)], "a lookup pins nothing"
+    assert tier.tiers() == [(3, 2, 0, 0, 2)], "a lookup pins nothing"
     tier.allocated("x", ((1, 2),), ())
-    assert tier.tiers() == [(3, 2, 0, 2)], "another connector was chosen"
+    assert tier.tiers() == [(3, 2, 0, 0, 2)], "another connector was chosen"
     tier.allocated("x", ((1, 2),), [only(answer)])
     tier.allocated("y", ((3, 4),), [only(answer)])
-    assert tier.tiers() == [(3, 2, 2, 2)]
+    assert tier.tiers() == [(3, 2, 2, 0, 2)]
     assert tier.offer(full("b", 0, 1)) == ()
     tier.load_ended(only(answer).source)
     assert tier.offer(full("b", 0, 1)) == ()
@@ -204,12 +205,12 @@ def test_a_reset_forgets_all_and_frees_what_moves_use_when_they_end():
     orders = tier.offer(full("b", 0, 1))
     tier.reset()
     tier.check()
-    assert tier.lookup(query("a", 2 * SIZE)) == () and tier.tiers() == [(3, 3, 3, 4)]
+    assert tier.lookup(query("a", 2 * SIZE)) == () and tier.tiers() == [(3, 3, 3, 1, 4)]
     done(tier, orders)
     assert tier.lookup(query("b", SIZE)) == ()
     tier.load_ended(offer.source)
     tier.check()
-    assert tier.tiers() == [(3, 0, 0, 4)]
+    assert tier.tiers() == [(3, 0, 0, 0, 4)]
 
 
 def test_the_source_of_a_peer_is_refused():
@@ -259,3 +260,16 @@ def test_what_is_offered_is_what_was_stored_under_that_name(steps, chunk, policy
             log += [offered, orders, tier.take_outcomes(), tier.tiers()]
         runs.append(log)
     assert runs[0] == runs[1]
+
+
+def test_what_is_kept_of_live_requests_is_bounded(monkeypatch):
+    monkeypatch.setattr(host_tier, "RANKED_REQUESTS", 2)
+    tier = connector(slots=6)
+    for prompt in "abc":
+        for step in range(2):
+            done(tier, tier.offer(full(prompt, step, step + 1)))
+    for prompt in "cba":
+        tier.finished(prompt, wants_lease=False, completed=True)
+    done(tier, tier.offer(full("d", 0, 2)))
+    kept = [tokens(tier.lookup(query(prompt, 100))) // SIZE for prompt in "abc"]
+    assert kept == [0, 2, 2], "a was not ranked when it ended, so its entries are the oldest"
