@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from urllib.parse import quote
 
 import httpx
@@ -24,6 +25,23 @@ KEEP_ALIVE_S = 4.0
 MAX_IDLE = 256
 
 PASSED_HEADERS = (b"authorization", b"accept", b"traceparent", b"tracestate", b"x-request-id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request as a backend is to get it.
+
+    Attributes:
+        path: decoded.
+        headers: the client's; some are passed on.
+        body: JSON, for a POST; None: a GET.
+        has_params: the body holds P's `kv_transfer_params`.
+    """
+
+    path: str
+    headers: Headers
+    body: bytes | None
+    has_params: bool = False
 
 
 class Upstream:
@@ -60,33 +78,23 @@ class Upstream:
         return await read_body(headers, receive, limit=MAX_BODY_BYTES, timeout_s=timeout_s)
 
     @contextlib.asynccontextmanager
-    async def asked(
-        self, backend: Backend, path: str, headers: Headers, body: bytes | None
-    ) -> AsyncGenerator[httpx.Response, None]:
+    async def asked(self, backend: Backend, ask: Ask) -> AsyncGenerator[httpx.Response, None]:
         """The response to a request, its body not yet read. Leaving the block closes what is not read.
-
-        Args:
-            backend: whom to ask.
-            path: as the client wrote it, decoded.
-            headers: the client's; some are passed on.
-            body: JSON, for a POST; None: a GET.
 
         Raises:
             httpx.TransportError: no response came.
         """
-        sent = [(name, value) for name, value in headers.raw if name in PASSED_HEADERS]
+        sent = [(name, value) for name, value in ask.headers.raw if name in PASSED_HEADERS]
         # Bytes are passed on as they come, and P's answer is read: neither may be compressed.
         sent.append((b"accept-encoding", b"identity"))
-        if body is not None:
+        if ask.body is not None:
             sent.append((b"content-type", b"application/json"))
-        method = "GET" if body is None else "POST"
-        url = backend.url + quote(path)
-        async with self._client.stream(method, url, content=body, headers=sent) as response:
+        method = "GET" if ask.body is None else "POST"
+        url = backend.url + quote(ask.path)
+        async with self._client.stream(method, url, content=ask.body, headers=sent) as response:
             yield response
 
-    async def ask_whole(
-        self, backend: Backend, path: str, headers: Headers, body: bytes | None
-    ) -> tuple[httpx.Response, bytes]:
+    async def ask_whole(self, backend: Backend, ask: Ask) -> tuple[httpx.Response, bytes]:
         """A response and its body, within the time for a prefill.
 
         Raises:
@@ -97,7 +105,7 @@ class Upstream:
         try:
             async with (
                 asyncio.timeout(self._options.prefill_timeout_s),
-                self.asked(backend, path, headers, body) as response,
+                self.asked(backend, ask) as response,
             ):
                 return response, await read_whole(response)
         except httpx.ReadTimeout:

@@ -119,5 +119,15 @@ def transfer_params(answer: bytes) -> Mapping[str, object] | None:
     return params
 
 
+def refuses_params(answer: bytes) -> bool:
+    """Whether a 400 of D's is about P's parameters, which are none of the client's doing."""
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        return False
+    error = value.get("error") if isinstance(value, dict) else None
+    return isinstance(error, dict) and error.get("param") == PARAMS
+
+
 def _json(value: Mapping[str, object]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

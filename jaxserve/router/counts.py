@@ -18,7 +18,7 @@ PREFIX = "jaxserve_router_"
 
 OUTCOMES = ("ok", "client_error", "server_error", "aborted", "broken")
 ROLES = ("prefill", "decode")
-FALLBACK_REASONS = ("no_prefill_server", "prefill_failed", "no_params")
+FALLBACK_REASONS = ("no_prefill_server", "prefill_failed", "no_params", "params_refused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

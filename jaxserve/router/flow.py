@@ -9,11 +9,11 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from jaxserve.api.errors import ApiError, unavailable
-from jaxserve.router.ask import Upstream
-from jaxserve.router.calls import Call, decode_body, prefill_body, read_call, transfer_params
+from jaxserve.router.ask import Ask, Upstream
+from jaxserve.router.calls import decode_body, prefill_body, read_call, refuses_params, transfer_params
 from jaxserve.router.counts import Tally
 from jaxserve.router.fleet import Backend, Fleet
-from jaxserve.router.relay import Reply, Stopped, TooLarge, outcome_of, unless
+from jaxserve.router.relay import Reply, Stopped, TooLarge, outcome_of, read_whole, unless
 from jaxserve.router.status import RouterStatus
 from jaxserve.server.body import ClientGone
 from jaxserve.server.streams import unless_gone
@@ -26,6 +26,10 @@ TRY_ANOTHER = frozenset({502, 503, 504})
 
 class PrefillFailed(Exception):
     """A prefill server gave no answer that is of use; the message is for the log."""
+
+
+class ParamsRefused(Exception):
+    """D does not take P's parameters: keys or models differ, or P's lease is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +73,20 @@ class GenerationFlow:
         if call.direct is not None:
             self._tally.direct(call.direct)
         else:
-            prefilled = await self._prefill(path, headers, call)
+            prefilled = await self._prefill(Ask(path=path, headers=headers, body=prefill_body(call)))
             if isinstance(prefilled, Refusal):
-                return await reply.whole(prefilled.response, prefilled.body)
+                await reply.whole(prefilled.response, prefilled.body)
+                return await reply.end()
             params = prefilled
-        await self._decode(path, headers, decode_body(call, params), reply)
+        body, has_params = decode_body(call, params), params is not None
+        try:
+            await self._decode(Ask(path=path, headers=headers, body=body, has_params=has_params), reply)
+        except ParamsRefused:
+            logger.warning("a decode server does not take the parameters of a prefill server")
+            self._tally.fallback("params_refused")
+            await self._decode(Ask(path=path, headers=headers, body=decode_body(call, None)), reply)
 
-    async def _prefill(
-        self, path: str, headers: Headers, call: Call
-    ) -> Mapping[str, object] | Refusal | None:
+    async def _prefill(self, ask: Ask) -> Mapping[str, object] | Refusal | None:
         """P's parameters for D; None: D must compute the prompt.
 
         One retry: a second failure is more likely the request's than a server's.
@@ -86,17 +95,16 @@ class GenerationFlow:
         if backend is None:
             self._tally.fallback("no_prefill_server")
             return None
-        body = prefill_body(call)
         try:
             try:
-                answer = await self._ask_prefill(backend, path, headers, body)
+                answer = await self._ask_prefill(backend, ask)
             except PrefillFailed as failure:
                 logger.warning("prefill server %s: %s", backend.url, failure)
                 second = await self._fleet.again(backend)
                 if second is None:
                     raise
                 self._tally.retry("prefill")
-                answer = await self._ask_prefill(second, path, headers, body)
+                answer = await self._ask_prefill(second, ask)
         except PrefillFailed as failure:
             logger.warning("no prefill server could be used: %s", failure)
             self._tally.fallback("prefill_failed")
@@ -105,12 +113,10 @@ class GenerationFlow:
             self._tally.fallback("no_params")
         return answer
 
-    async def _ask_prefill(
-        self, backend: Backend, path: str, headers: Headers, body: bytes
-    ) -> Mapping[str, object] | Refusal | None:
+    async def _ask_prefill(self, backend: Backend, ask: Ask) -> Mapping[str, object] | Refusal | None:
         began_s = self._upstream.now_s()
         try:
-            asking = self._upstream.ask_whole(backend, path, headers, body)
+            asking = self._upstream.ask_whole(backend, ask)
             response, answer = await unless((backend.silent, self._status.ending), asking)
         except Stopped:
             if self._status.ending.is_set():
@@ -134,20 +140,24 @@ class GenerationFlow:
         self._tally.prefilled(self._upstream.now_s() - began_s)
         return params
 
-    async def _decode(self, path: str, headers: Headers, body: bytes, reply: Reply) -> None:
+    async def _decode(self, ask: Ask, reply: Reply) -> None:
         """D's answer to the client.
 
         A second D gets the same parameters: P keeps the pages until they were read or their lease ends.
+
+        Raises:
+            ApiError: there is none.
+            ParamsRefused: there will be one without the parameters.
         """
         backend = self._fleet.pick("decode")
         if backend is None:
             raise unavailable("No decode server can be reached.")
-        failure = await self._relay(backend, path, headers, body, reply, first=True)
+        failure = await self._relay(backend, ask, reply, first=True)
         if failure is not None and reply.status is None:
             second = await self._fleet.again(backend)
             if second is not None:
                 self._tally.retry("decode")
-                failure = await self._relay(second, path, headers, body, reply, first=False)
+                failure = await self._relay(second, ask, reply, first=False)
         if failure is None:
             await reply.end()
         elif reply.status is None:
@@ -155,16 +165,20 @@ class GenerationFlow:
         else:
             await reply.break_off(failure)
 
-    async def _relay(
-        self, backend: Backend, path: str, headers: Headers, body: bytes, reply: Reply, *, first: bool
-    ) -> ApiError | None:
+    async def _relay(self, backend: Backend, ask: Ask, reply: Reply, *, first: bool) -> ApiError | None:
         """Passes one D's answer on; what went wrong, if anything did."""
 
         async def relay() -> ApiError | None:
             began_s = self._upstream.now_s()
-            async with self._upstream.asked(backend, path, headers, body) as response:
+            async with self._upstream.asked(backend, ask) as response:
                 if first and response.status_code in TRY_ANOTHER and self._fleet.has_other(backend):
                     return bad_gateway(f"A decode server answered {response.status_code}.")
+                if ask.has_params and response.status_code == 400:
+                    answer = await read_whole(response)
+                    if refuses_params(answer):
+                        raise ParamsRefused
+                    await reply.whole(response, answer)
+                    return None
                 await reply.pass_on(
                     response, lambda: self._tally.first_byte(self._upstream.now_s() - began_s)
                 )
@@ -178,6 +192,8 @@ class GenerationFlow:
             if self._status.ending.is_set():
                 return unavailable("The router is shutting down.")
             return bad_gateway("The decode server has fallen silent.")
+        except TooLarge:
+            return bad_gateway("The decode server's refusal is too large.")
         except httpx.TimeoutException:
             return ApiError(504, "The decode server did not answer in time.", code="backend_timeout")
         except httpx.TransportError as error:

@@ -90,12 +90,11 @@ class Reply:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def whole(self, response: httpx.Response, body: bytes) -> None:
-        """Sends an answer that was read already."""
+        """Sends an answer that was read already, without its end."""
         self.status = response.status_code
         head = {"type": "http.response.start", "status": response.status_code, "headers": passed(response)}
         await self._send(head)
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
-        await self.end()
 
     async def break_off(self, error: ApiError) -> None:
         """Ends an answer that has begun, so that it cannot be taken for whole.

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxserve.api.errors import ApiError, unavailable
-from jaxserve.router.ask import Upstream
+from jaxserve.router.ask import Ask, Upstream
 from jaxserve.router.counts import Tally, families, make_registry
 from jaxserve.router.fleet import Backend, Fleet
 from jaxserve.router.options import RouterOptions
@@ -35,15 +35,18 @@ class PassedRoutes:
             raise ApiError(404, "This path does not exist.", code="not_found")
         try:
             body = await self._upstream.read(headers, receive) if scope["method"] == "POST" else None
-            await unless_gone(receive, self._answer(scope["path"], headers, body, Reply(send, _uncounted)))
+            await unless_gone(
+                receive,
+                self._answer(Ask(path=scope["path"], headers=headers, body=body), Reply(send, _uncounted)),
+            )
         except ClientGone:
             return
 
-    async def _answer(self, path: str, headers: Headers, body: bytes | None, reply: Reply) -> None:
+    async def _answer(self, ask: Ask, reply: Reply) -> None:
         backend = self._fleet.pick("decode")
         while backend is not None:
             try:
-                await unless((backend.silent,), self._relay(backend, path, headers, body, reply))
+                await unless((backend.silent,), self._relay(backend, ask, reply))
                 return await reply.end()
             except (httpx.TransportError, Stopped) as error:
                 self._fleet.suspect(backend, f"failed ({type(error).__name__})")
@@ -52,10 +55,8 @@ class PassedRoutes:
             backend = self._fleet.pick("decode")
         raise unavailable("No decode server can be reached.")
 
-    async def _relay(
-        self, backend: Backend, path: str, headers: Headers, body: bytes | None, reply: Reply
-    ) -> None:
-        async with self._upstream.asked(backend, path, headers, body) as response:
+    async def _relay(self, backend: Backend, ask: Ask, reply: Reply) -> None:
+        async with self._upstream.asked(backend, ask) as response:
             await reply.pass_on(response)
 
 

@@ -339,6 +339,33 @@ def test_a_server_that_falls_silent_is_given_up(start: Start, stage: str) -> Non
     assert stopped.gone.wait(WAIT_S)
 
 
+def test_d_computes_where_it_refuses_ps_parameters(start: Start) -> None:
+    """Keys that differ, or a lease that is over, are not the client's fault."""
+
+    async def refuse(request: Request) -> Response:
+        if "kv_transfer_params" in await request.json():
+            return JSONResponse({"error": {"message": "no", "param": "kv_transfer_params"}}, 400)
+        return await decoded(request)
+
+    p, d = start(prefilled), start(refuse)
+    with routing([p.url], [d.url]) as router:
+        assert router.complete().json() == {"choices": [{"text": "hello"}]}
+        found = router.metrics()
+    assert found['fallbacks_total{reason="params_refused"}'] == 1
+    assert found['requests_total{outcome="ok"}'] == 1
+    assert d.asked[1].body == {"model": "m", "prompt": "hi"}
+
+
+@pytest.mark.parametrize("refusal", [{"error": {"param": "prompt"}}, {"error": "text"}, []])
+def test_ds_refusal_of_the_request_reaches_the_client(start: Start, refusal: object) -> None:
+    p, d = start(prefilled), start(answer_with(400, refusal))
+    with routing([p.url], [d.url]) as router:
+        response = router.complete()
+        assert (response.status_code, response.json()) == (400, refusal)
+        assert router.metrics()['requests_total{outcome="client_error"}'] == 1
+    assert len(d.asked) == 1
+
+
 def test_an_answer_of_p_that_is_no_json_object_is_a_failure(start: Start) -> None:
     p, d = start(answer_with(200, {"kv_transfer_params": "text"})), start(decoded)
     with routing([p.url], [d.url]) as router:

@@ -1,18 +1,22 @@
 """The router's own routes, its bounds, and what a bad request meets before any server is asked."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from jaxserve.config import ConfigError
 from jaxserve.router import RouterOptions
 from jaxserve.router.ask import MAX_BODY_BYTES
+from jaxserve.router.counts import RouterStats, families
 from jaxserve.server import ServerOptions
 from tests.jaxserve.router.conftest import FakeServer, answer_with, decoded, prefilled, routing
 
+ROOT = Path(__file__).resolve().parents[3]
 Start = Callable[..., FakeServer]
 
 
@@ -155,6 +159,21 @@ def test_metrics_are_exact(start: Start) -> None:
             "decode_first_byte_seconds_count": 4,
             "decode_seconds_count": 4,
         }
+
+
+def test_every_series_and_route_is_explained(start: Start) -> None:
+    text = (ROOT / "docs/features/disaggregated_serving.md").read_text("utf-8")
+    routes, _, series = text.partition("## Routes")[2].partition("## Metrics")
+    shown = families(RouterStats.empty(), [("prefill", "u", True)], 0)
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", series, re.MULTILINE))
+    assert rows == {family.name: family.kind for family in shown}
+    labels = {label for family in shown for sample in family.samples for label in sample.labels} - {"u"}
+    assert labels <= set(re.findall(r"`(\w+)`", series))
+    with routing([start(prefilled).url], [start(decoded).url]) as router:
+        paths = {route.path for route in router.server.config.app.routes}
+    assert {path.replace("{name:path}", "{name}") for path in paths} == set(
+        re.findall(r"`(?:POST )?(/[^`]*)`", routes)
+    )
 
 
 @pytest.mark.parametrize(
