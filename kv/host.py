@@ -173,12 +173,10 @@ class HostDriver:
             raise ValueError("a host tier cannot load from a peer")
         if len(pages) != len(slots) or len({len(group) for group in (*pages, *slots)}) > 1:
             raise ValueError("pages and host slots are not aligned")
-        parts = [
-            (position, page, slot)
-            for position, column in enumerate(zip(*pages, *slots, strict=True))
-            for page, slot in zip(column[: len(pages)], column[len(pages) :], strict=True)
-            if page != DUMMY_PAGE
+        columns = [
+            zip(range(len(group)), group, rows, strict=True) for group, rows in zip(pages, slots, strict=True)
         ]
+        parts = [part for row in zip(*columns, strict=True) for part in row if part[1] != DUMMY_PAGE]
         wrong = next((slot for _, _, slot in parts if not NO_SLOT < slot <= len(self.memory)), None)
         if wrong is not None:
             raise ValueError(f"host slot {wrong} does not exist: there are {len(self.memory)}, from 1 on")

@@ -3,13 +3,17 @@
 import threading
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 import pytest
 
+from kv import pool as pools
+from kv.copies import PointerCopies, ProgramCopies
 from kv.digest import digest_rows
 from kv.driver import Driver, Region
 from kv.host import PAGES_PER_PIECE, HostDriver
 from kv.moves import Event, HostSource, Load, Loaded, RemoteSource, Store, Stored, Unlease
+from kv.types import KvSpec, PageGroup
 
 PAGE_BYTES = 64
 NUM_PAGES = 200
@@ -316,3 +320,42 @@ def test_the_region_is_page_aligned_and_not_rounded_up():
 def test_memory_that_cannot_be_reserved_is_one_clear_line():
     with pytest.raises(ValueError, match=r"^\d+ host pages of 4096 bytes cannot be reserved: [^\n]*$"):
         HostDriver(1 << 60, 4096, Pool(), wake=lambda: None, clock=lambda: 0.0)
+
+
+@pytest.mark.parametrize("by_address", [True, False])
+def test_pages_of_a_real_pool_go_and_come_back_while_steps_donate_it(by_address):
+    group = PageGroup(name="all", layers=(0, 1), kv_heads=2, head_dim=8)
+    spec = KvSpec(groups=(group,), page_size=4, dtype="bfloat16")
+    lock, pool = threading.Lock(), [pools.create(spec, 12)]
+    step = jax.jit(lambda pages: pages.at[11].set(pages[11] + 1), donate_argnums=0)
+
+    def run_step() -> None:
+        with lock:
+            pool[0] = step(pool[0])
+
+    def put(pages: jax.Array) -> None:
+        pool[0] = pages
+
+    regions = pools.regions(pool[0], spec.page_bytes)
+    direct = PointerCopies(regions)
+    copies = direct if by_address else ProgramCopies(lambda: pool[0], put, lock=lock)
+    content = np.random.default_rng(2).integers(0, 256, (8, spec.page_bytes), np.uint8)
+    direct.write(range(1, 9), content)
+    woken = threading.Event()
+    driver = HostDriver(8, spec.page_bytes, copies, wake=woken.set, clock=lambda: 0.0, digest=digest_rows)
+    commands = [
+        store(1, [1, 2, 3, 4], [8, 1, 2, 3]),
+        load(2, [[5, 6, 7, 8]], [[8, 1, 2, 3]]),
+    ]
+    for command in commands:
+        driver.start([command])
+        events: list[Event] = []
+        while not events:
+            run_step()
+            events = driver.poll()
+        assert isinstance(events[0], Loaded | Stored) and events[0].error is None
+    driver.close()
+    assert pools.regions(pool[0], spec.page_bytes) == regions, "nothing has copied the pool"
+    out = np.zeros((8, spec.page_bytes), np.uint8)
+    direct.read(range(1, 9), out)
+    assert np.array_equal(out, np.concatenate([content[:4], content[:4]]))
