@@ -37,6 +37,9 @@ READY_POLL_S = 0.2
 END_S = 15.0
 """For a child that has nothing left to do, after the router has drained; then it is killed."""
 
+LAST_LINES_S = 1.0
+"""For what the children said last; a process of theirs may hold the pipe open for longer."""
+
 OWN_FLAGS = (
     *("kv_transfer_config", "kv_offloading_size", "nixl_side_channel_host", "nixl_side_channel_port"),
     "record",
@@ -124,6 +127,7 @@ def _children(given: Sequence[str], command: Sequence[str]) -> Generator[list[Ch
     # Both live on one device: neither may take most of its memory beforehand.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     children: list[Child] = []
+    copies: list[threading.Thread] = []
     try:
         for index, (name, role) in enumerate(ROLES):
             port, side_channel_port = ports[2 * index : 2 * index + 2]
@@ -136,10 +140,13 @@ def _children(given: Sequence[str], command: Sequence[str]) -> Generator[list[Ch
                 start_new_session=True,  # Ctrl-C is for the router: the servers end after it
             )
             children.append(Child(name=name, url=f"http://{HERE}:{port}", process=process))
-            threading.Thread(target=_copy_lines, args=(name, process.stdout), daemon=True).start()
+            copies.append(threading.Thread(target=_copy_lines, args=(name, process.stdout), daemon=True))
+            copies[-1].start()
         yield children
     finally:
         _end(children)
+        for copy in copies:
+            copy.join(LAST_LINES_S)
 
 
 def _end(children: Sequence[Child]) -> None:

@@ -1,6 +1,7 @@
 """A child of `--disaggregated` without a model: answers as P or as D, by its role; prints its flags."""
 
 import json
+import signal
 import sys
 
 import uvicorn
@@ -50,7 +51,12 @@ def main() -> None:
     tie()
     print("flags", *sys.argv[1:], flush=True)
     server = uvicorn.Server(uvicorn.Config(app, port=int(flag("--port")), log_level="warning", ws="none"))
-    server.run()
+    # uvicorn raises the signal again when it has ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        server.run()
+    finally:
+        print("ended", flush=True)
     sys.exit(3 if server.force_exit else 0)
 
 

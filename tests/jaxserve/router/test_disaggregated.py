@@ -101,6 +101,7 @@ def test_requests_go_through_both_and_sigterm_ends_all_three(start: Callable[...
     trio.process.send_signal(signal.SIGTERM)
     assert trio.process.wait(WAIT_S) == 0
     assert trio.children_are_gone()
+    assert trio.log.read_text().count("| ended\n") == 2, "a child was killed"
 
 
 def test_a_child_that_dies_ends_the_others_with_its_exit_code(start: Callable[..., Trio]) -> None:
