@@ -148,7 +148,7 @@ class FakeEngine:
         return self.is_stalled
 
     def metrics_text(self, accept: str) -> tuple[bytes, str]:
-        return b"# HELP fake a fake\n", "text/plain; version=0.0.4; charset=utf-8"
+        return f"fake_running {len(self.running)}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"
 
     async def reset_prefix_cache(self) -> bool:
         self.resets += 1

@@ -41,7 +41,7 @@ def test_small_answers(ask: Ask, engine: FakeEngine) -> None:
     assert ask("GET", "/version").json() == {"version": ServerOptions().version}
     assert ask("GET", "/load").json() == {"server_load": 0}
     metrics = ask("GET", "/metrics")
-    assert (metrics.text, metrics.headers["content-type"][:10]) == ("# HELP fake a fake\n", "text/plain")
+    assert (metrics.text, metrics.headers["content-type"][:10]) == ("fake_running 0\n", "text/plain")
     assert ask("POST", "/reset_prefix_cache").json() == {"success": True}
     assert engine.resets == 1
 

@@ -71,20 +71,20 @@ def in_flight(port: int) -> int:
     return httpx.get(f"http://127.0.0.1:{port}/load").json()["server_load"]
 
 
-def wait_for_load(port: int, load: int) -> None:
-    for _ in range(200):
-        if in_flight(port) == load:
+def wait_for_running(port: int, count: int) -> None:
+    """Until so many requests are with the engine: one that is still being read would be refused."""
+    for _ in range(500):
+        if f"fake_running {count}\n" in httpx.get(f"http://127.0.0.1:{port}/metrics").text:
             return
         time.sleep(0.02)
-    raise AssertionError(f"the load never was {load}")
+    raise AssertionError(f"never were {count} requests with the engine")
 
 
 def test_what_runs_is_finished_and_the_rest_refused(free_port: Callable[[], int]) -> None:
     port = free_port()
     with started(port, step_s=0.1) as process:
         calls = [Call(port, PROMPT | {"max_tokens": 25, "stream": stream}) for stream in (False, True)]
-        wait_for_load(port, 2)
-        time.sleep(0.5)  # both are with the engine: one that is still being read would be refused
+        wait_for_running(port, 2)
         process.terminate()
         time.sleep(0.2)
         assert httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 503
@@ -101,8 +101,7 @@ def test_the_drain_is_bounded_and_clients_are_told(free_port: Callable[[], int])
     port = free_port()
     with started(port, step_s=0.1, shutdown_s=0.5) as process:
         calls = [Call(port, PROMPT | {"max_tokens": 2000, "stream": stream}) for stream in (False, True)]
-        wait_for_load(port, 2)
-        time.sleep(0.3)
+        wait_for_running(port, 2)
         begin = time.monotonic()
         process.terminate()
         assert process.wait(timeout=10) == 0
@@ -117,8 +116,7 @@ def test_one_signal_that_comes_twice_still_drains(free_port: Callable[[], int]) 
     port = free_port()
     with started(port, step_s=0.1, shutdown_s=60) as process:
         call = Call(port, PROMPT | {"max_tokens": 20})
-        wait_for_load(port, 1)
-        time.sleep(0.5)
+        wait_for_running(port, 1)
         process.terminate()
         process.terminate()
         assert call.result().json()["usage"]["completion_tokens"] == 20
@@ -129,7 +127,7 @@ def test_a_second_signal_ends_at_once(free_port: Callable[[], int]) -> None:
     port = free_port()
     with started(port, step_s=0.1, shutdown_s=60) as process:
         call = Call(port, PROMPT | {"max_tokens": 2000})
-        wait_for_load(port, 1)
+        wait_for_running(port, 1)
         process.terminate()
         time.sleep(0.3)
         assert process.poll() is None
