@@ -34,6 +34,7 @@ from kv.seal import (
     seal,
 )
 from kv.tcp_channel import TcpChannel
+from kv.transfer_agent import AgentError
 from kv.transfer_plan import EngineFacts
 from kv.types import ITEM_BYTES, KvSpec
 from kv.wire import PROTOCOL
@@ -217,6 +218,8 @@ def _nixl(
         )
     except NixlUnavailable as error:
         raise ConfigError(f"--kv-transfer-config: {error}") from error
+    except AgentError as error:
+        raise ConfigError(f"--kv-transfer-config: NIXL cannot be used: {error}") from error
     except ChannelError as error:
         raise ConfigError(f"--nixl-side-channel-port {config.side_channel_port}: {error}") from error
     identity = Identity(

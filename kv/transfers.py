@@ -21,9 +21,10 @@ from kv.transfer_plan import EngineFacts, memory
 from kv.wire import Message
 
 QUARANTINE_SHARE = 0.05
-QUARANTINE_S = 30.0
+QUARANTINE_S = 600.0
 """Pages in quarantine, as a share of the pool, and for how long: beyond either, the agent of the peer that
-keeps most of them there is deleted, which ends its transfers for certain."""
+keeps most of them there is deleted, which ends its transfers for certain. That is a last resort: a peer that
+was only stopped was seen to die of it in UCX when it resumed, while left alone its reads just end."""
 
 
 class Transfers:

@@ -6,6 +6,7 @@ import pytest
 from jaxserve.sim.fake_nixl import Fault
 from kv.config import CONSUMER
 from kv.moves import LeaseRead, LeaseTouched, Loaded, NotificationFailed, Safe, Track, Unlease, Untrack
+from kv.transfers import QUARANTINE_S
 from kv.wire import Confirm, Done, Heartbeat, Hello
 from tests.kv.pair import PORT_D, PORT_P, Engine, Pair, only_loaded
 
@@ -235,7 +236,7 @@ def test_a_peer_that_leaves_two_heartbeats_unanswered_is_held_to_be_stopped() ->
     assert not loaded.safe and "heartbeats" in str(loaded.error)
 
 
-@pytest.mark.parametrize(("budget", "wait_s"), [(1, 0.0), (2, 29.9)])
+@pytest.mark.parametrize(("budget", "wait_s"), [(1, 0.0), (2, QUARANTINE_S - 0.1)])
 def test_a_full_or_old_quarantine_ends_with_the_agents_deletion(budget: int, wait_s: float) -> None:
     pair = Pair(quarantine_pages_max=budget)
     pair.network.pause(pair.serving)
