@@ -4,8 +4,8 @@
 
 Starts P (kv_producer) and D (kv_consumer) as processes of their own and prints:
 
-- time to first token of P alone (a streamed request of one token to P), of the pair (P with max_tokens 1, then
-  D until its first streamed token), the bare transfer (D's nixl_xfer_time_seconds), and
+- time to first token of P alone (a streamed request of one token to P), of the pair (P with max_tokens 1, and
+  then D until its first streamed token), the bare transfer (D's nixl_xfer_time_seconds), and
   pair / (alone + transfer);
 - the mean inter-token latency of a decode batch on D alone, while prompts of the same length arrive whose
   pages P has computed before, and their ratio.
