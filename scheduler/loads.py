@@ -74,13 +74,7 @@ def start_loads(
         fetch.moves.add(load.move_id)
         state.news.commands.append(load)
     connector.allocated(request_id, tuple(map(tuple, tables)), offers)
-    state.news.promised.append(
-        Promised(
-            request_id=request_id,
-            queried_tokens=len(sequence.tokens) - fetch.hit,
-            promised=tuple((offer.tier, offer.num_tokens) for offer in offers),
-        )
-    )
+    _count_lookup(state, sequence, fetch.hit, offers)
     sequence.fetch, sequence.status = fetch, Status.LOADING
     state.loading[request_id] = sequence
 
@@ -97,13 +91,22 @@ def pages_fetched(state: SchedulerState, sequence: Sequence) -> int:
 
 def not_loaded(state: SchedulerState, sequence: Sequence, hit: int) -> None:
     """A sequence is admitted without a load: connectors have nothing for it."""
-    if state.connector is None:
+    if state.connector is not None:
+        _count_lookup(state, sequence, hit, ())
+        let_peer_go(state, sequence)
+
+
+def _count_lookup(state: SchedulerState, sequence: Sequence, hit: int, offers: tuple[Offer, ...]) -> None:
+    """What was asked of connectors and promised by them at a request's admission, not when it resumes."""
+    if sequence.preemptions or sequence.index:
         return
-    if sequence.preemptions == 0 and sequence.index == 0 and not sequence.external:
-        state.news.promised.append(
-            Promised(request_id=sequence.request.request_id, queried_tokens=len(sequence.tokens) - hit)
+    state.news.promised.append(
+        Promised(
+            request_id=sequence.request.request_id,
+            queried_tokens=len(sequence.tokens) - hit,
+            promised=tuple((offer.tier, offer.num_tokens) for offer in offers),
         )
-    let_peer_go(state, sequence)
+    )
 
 
 def _needed(state: SchedulerState, offer: Offer, positions: int) -> list[list[bool]]:
