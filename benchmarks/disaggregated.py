@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+NAME = "pair"
 LEASE = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -35,7 +36,7 @@ def start(role: str, port: int, args: argparse.Namespace) -> subprocess.Popen[by
     command = [
         *(sys.executable, "-m", "jaxserve", "serve", args.model, "--port", str(port)),
         *("--kv-transfer-config", json.dumps(transfer), "--nixl-side-channel-port", "0"),
-        *("--dtype", args.dtype, "--max-num-seqs", "16", "--disable-log-stats"),
+        *("--served-model-name", NAME, "--dtype", args.dtype, "--max-num-seqs", "16", "--disable-log-stats"),
     ]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
@@ -70,7 +71,10 @@ async def wait_ready(client: httpx.AsyncClient, url: str, process: subprocess.Po
 
 async def lease(client: httpx.AsyncClient, url: str, ids: Sequence[int]) -> dict[str, object]:
     """Has P compute a prompt; what D needs to take it over."""
-    body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "kv_transfer_params": LEASE}
+    body = {
+        **{"model": NAME, "prompt": list(ids), "max_tokens": 1, "temperature": 0},
+        "kv_transfer_params": LEASE,
+    }
     answer = await client.post(f"{url}/v1/completions", json=body)
     answer.raise_for_status()
     return answer.json()["kv_transfer_params"]
@@ -82,7 +86,7 @@ async def token_times(
     """Streams a completion; when each chunk with a token came."""
     body: dict[str, object] = {
         **{"prompt": list(ids), "max_tokens": tokens, "temperature": 0, "ignore_eos": True},
-        **{"stream": True, "return_token_ids": True},
+        **{"model": NAME, "stream": True, "return_token_ids": True},
     }
     if params is not None:
         body["kv_transfer_params"] = params
