@@ -61,8 +61,22 @@ def spans(text: str) -> list[str]:
 def commands(text: str) -> list[list[str]]:
     """The arguments of every `jaxserve ...` command in shell blocks."""
     lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines if line.startswith("jaxserve ")]
-    return [line[1:] for line in words]
+    return [words[1:] for words in shell_words(lines) if words[:1] == ["jaxserve"]]
+
+
+def shell_words(lines: list[str]) -> Iterator[list[str]]:
+    """The words of each command; one with an open quotation goes on in the next line."""
+    begun = ""
+    for line in lines:
+        begun += line
+        try:
+            yield shlex.split(begun, comments=True)
+        except ValueError:
+            begun += "\n"
+        else:
+            begun = ""
+    if begun:
+        raise ValueError(f"a quotation is not closed: {begun}")
 
 
 def complaint(arguments: list[str]) -> str:
