@@ -1,6 +1,7 @@
 """What all tests share. JAX reads its environment once, on import, and so do the servers that tests start."""
 
 import importlib
+import importlib.util
 import os
 import socket
 from collections.abc import Callable, Generator
@@ -16,20 +17,32 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "test-compilation
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 NO_REASON = ("", "unconditional skip")
+HAS_NIXL = importlib.util.find_spec("nixl") is not None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A skip without a reason is a failure: nobody could tell what it would take to run the test."""
+    """A skip without a reason is a failure: nobody could tell what it would take to run the test.
+
+    So is that of a connector's test where nixl is there.
+    """
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped").removeprefix(":").strip()
         if reason in NO_REASON:
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid} was skipped without a reason"
+        elif HAS_NIXL and needs_nixl(item):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} was skipped although nixl is installed: {reason}"
     return report
+
+
+def needs_nixl(item: pytest.Item) -> bool:
+    """Whether it tests connectors: such a test proves nothing by being skipped."""
+    return item.get_closest_marker("connectors") is not None or "nixl" in item.path.name
 
 
 @pytest.fixture(scope="session")

@@ -1,58 +1,56 @@
-"""A real server, once for all end-to-end tests."""
+"""Real servers, each once for all end-to-end tests."""
 
-import subprocess
-import sys
-import time
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 
-START_S = 240.0
-STOP_S = 30.0
+from tests.conftest import HAS_NIXL
+from tests.e2e.connectors.fleet import (
+    Pair,
+    Plan,
+    Prompts,
+    host,
+    multi,
+    nixl,
+    start_all,
+    start_router,
+    stop_all,
+)
+from tests.e2e.servers import Server, start_server, stop_server
 
+__all__ = ["Server", "start_server", "stop_server"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """A running server: where it answers, its process, and the file that holds what it printed."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-
-def start_server(port: int, log: Path, *flags: str, model: str = "smollm2") -> Server:
-    """Start `jaxserve serve` as a process and wait until it is ready.
-
-    Raises:
-        RuntimeError: it ended or was not ready in START_S; the message holds the end of its output.
-    """
-    command = [sys.executable, "-m", "jaxserve", "serve", model, "--port", str(port), *flags]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    server = Server(url=f"http://127.0.0.1:{port}", process=process, log=log)
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{server.url}/ready", timeout=5).status_code == 200:
-                return server
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    stop_server(server)
-    raise RuntimeError(f"no server on port {port} (exit {process.poll()}):\n{log.read_text()[-4000:]}")
-
-
-def stop_server(server: Server) -> int:
-    """End the process, by force if it does not go in STOP_S; its exit status."""
-    server.process.terminate()
-    try:
-        return server.process.wait(timeout=STOP_S)
-    except subprocess.TimeoutExpired:
-        server.process.kill()
-        return server.process.wait()
+SIMPLE, OFFLOADING = "SimpleCPUOffloadConnector", "OffloadingConnector"
+PAIR_16 = (
+    Plan(
+        name="p16",
+        config=multi("kv_producer", nixl("kv_producer"), host(SIMPLE, 192, 16)),
+        page_size=16,
+        num_pages=49,
+    ),
+    Plan(
+        name="d16",
+        config=multi("kv_consumer", host(SIMPLE, 192, 16), nixl("kv_consumer")),
+        page_size=16,
+        num_pages=49,
+    ),
+)
+PAIR_128 = (
+    Plan(
+        name="p128",
+        config=multi("kv_producer", host(OFFLOADING, 40, 128), nixl("kv_producer")),
+        page_size=128,
+        num_pages=7,
+    ),
+    Plan(
+        name="d128",
+        config=multi("kv_consumer", nixl("kv_consumer"), host(OFFLOADING, 40, 128)),
+        page_size=128,
+        num_pages=7,
+    ),
+)
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +59,34 @@ def server(free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactor
     running = start_server(free_port(), tmp_path_factory.mktemp("server") / "output.txt")
     yield running
     stop_server(running)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Prompts:
+    """Prompts that share no page: within the session, and with whoever else used the servers."""
+    return Prompts(os.urandom(4))
+
+
+@pytest.fixture(scope="session")
+def pair16(free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Pages of 16, SimpleCPUOffloadConnector after and before NIXL, and a router."""
+    yield from _running(PAIR_16, free_port, tmp_path_factory.mktemp("pair16"))
+
+
+@pytest.fixture(scope="session")
+def pair128(free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Pages of 128, OffloadingConnector before and after NIXL, and a router."""
+    yield from _running(PAIR_128, free_port, tmp_path_factory.mktemp("pair128"))
+
+
+def _running(plans: tuple[Plan, Plan], free_port: Callable[[], int], folder: Path) -> Iterator[Pair]:
+    if not HAS_NIXL:
+        pytest.skip("nixl is not installed")
+    nodes = start_all(plans, free_port, folder)
+    try:
+        router = start_router(nodes[0].url, nodes[1].url, free_port(), folder)
+        yield Pair(prefill=nodes[0], decode=nodes[1], router_url=router.url)
+        assert stop_server(router) == 0
+    finally:
+        codes = stop_all(nodes)
+    assert codes == [0, 0]
