@@ -19,7 +19,9 @@ from jaxserve.api.chat import CHAT_FIELDS
 from jaxserve.api.known import COMMON
 from jaxserve.api.replies import usage
 from jaxserve.cli import parser
+from jaxserve.cli.flags import engine_config
 from jaxserve.server import ServerOptions, create_app
+from kv.config import CONSUMER, PRODUCER, nixl_leaf
 from metrics.engine import EngineStats
 from metrics.exposition import EngineSeries, Exposition, families
 from metrics.stats import PrefillStats
@@ -149,6 +151,29 @@ def test_wrong_commands_do_not_parse() -> None:
         "```sh\njaxserve serve smollm2 \\\n  --no-such-flag  # why\n\njaxserve bench serve --rounds 2\n```\n"
     )
     assert [bool(complaint(words)) for words in commands(text)] == [True, False]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_servers_would_start_with_what_is_configured(path: Path) -> None:
+    for words in commands(path.read_text("utf-8")):
+        args = parser().parse_args(words)
+        if words[0] == "serve" and not args.disaggregated:
+            config = engine_config(args, "smollm2", {})
+            leaf = None if config.kv_transfer is None else nixl_leaf(config.kv_transfer)
+            assert leaf is None or leaf.role in (PRODUCER, CONSUMER)
+
+
+def test_side_channel_variables_are_read() -> None:
+    text = document("docs/features/nixl_connector_usage.md")
+    exported = dict(re.findall(r"^export (\w+)=(\S+)$", "\n".join(blocks(text, "sh")), re.MULTILINE))
+    args = parser().parse_args(["serve", "smollm2"])
+    assert engine_config(args, "smollm2", exported).side_channel_port == 5601
+    assert engine_config(args, "smollm2", {}).side_channel_port == 5600
+
+
+def test_commands_go_on_while_a_quotation_is_open() -> None:
+    text = "```sh\njaxserve serve m --kv-transfer-config '{\n  \"a\": 1}'\ncurl x\njaxserve router\n```\n"
+    assert commands(text) == [["serve", "m", "--kv-transfer-config", '{\n  "a": 1}'], ["router"]]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
