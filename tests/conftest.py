@@ -16,6 +16,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "test-compilations"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# What these say of an assertion that fails must be as clear as in a test.
+pytest.register_assert_rewrite("tests.e2e.connectors.eviction", "tests.e2e.connectors.fleet")
+
 NO_REASON = ("", "unconditional skip")
 HAS_NIXL = importlib.util.find_spec("nixl") is not None
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.conftest import HAS_NIXL
 from tests.e2e.connectors.fleet import (
+    PAGES_16,
+    PAGES_128,
     Pair,
     Plan,
     Prompts,
@@ -28,13 +30,13 @@ PAIR_16 = (
         name="p16",
         config=multi("kv_producer", nixl("kv_producer"), host(SIMPLE, 192, 16)),
         page_size=16,
-        num_pages=49,
+        num_pages=PAGES_16,
     ),
     Plan(
         name="d16",
         config=multi("kv_consumer", host(SIMPLE, 192, 16), nixl("kv_consumer")),
         page_size=16,
-        num_pages=49,
+        num_pages=PAGES_16,
     ),
 )
 PAIR_128 = (
@@ -42,13 +44,13 @@ PAIR_128 = (
         name="p128",
         config=multi("kv_producer", host(OFFLOADING, 40, 128), nixl("kv_producer")),
         page_size=128,
-        num_pages=7,
+        num_pages=PAGES_128,
     ),
     Plan(
         name="d128",
         config=multi("kv_consumer", nixl("kv_consumer"), host(OFFLOADING, 40, 128)),
         page_size=128,
-        num_pages=7,
+        num_pages=PAGES_128,
     ),
 )
 

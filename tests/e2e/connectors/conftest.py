@@ -4,19 +4,22 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from tests.e2e.connectors.fleet import Node, Plan, nixl, start_all, stop_all
+from tests.e2e.connectors.fleet import PAGES_16, Node, Plan, nixl, start_all, stop_all
 
 TIMEOUT_S = 5.0
 """Of a transfer to the decode servers of the tests of faults."""
 
 RECOMPUTES = Plan(
-    name="recomputes", config=nixl("kv_consumer", transfer_timeout=TIMEOUT_S), page_size=16, num_pages=64
+    name="recomputes",
+    config=nixl("kv_consumer", transfer_timeout=TIMEOUT_S),
+    page_size=16,
+    num_pages=PAGES_16,
 )
 FAILS = Plan(
     name="fails",
     config={**nixl("kv_consumer", transfer_timeout=TIMEOUT_S), "kv_load_failure_policy": "fail"},
     page_size=16,
-    num_pages=64,
+    num_pages=PAGES_16,
 )
 
 

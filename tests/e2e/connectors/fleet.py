@@ -23,6 +23,8 @@ FLAGS = (
     *("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "128"),
     *("--disable-log-stats", "--dtype", "float32"),
 )
+PAGES_16, PAGES_128 = 49, 7
+"""Of every pool with pages of 16 and 128 tokens: programs are compiled for a pool, and servers share them."""
 SLOT_BYTES = 30 * 2 * 3 * 64 * 4
 """KV of one token of the default model in f32: layers, keys and values, heads, width, bytes."""
 WAIT_S = 120.0
