@@ -4,7 +4,7 @@ from kv.connectors.base import LATER, Later, Offer, Query
 from kv.ledger import Row, held
 from kv.moves import HOST, LOAD_FAILED, P2P, HostSource, Load, Loaded, Promised
 from kv.types import DUMMY_PAGE
-from scheduler.state import Fetch, SchedulerState, Segment, Sequence, Status
+from scheduler.state import Fetch, SchedulerState, Segment, Sequence, Status, push_waiting
 from scheduler.stores import offer_pages
 
 
@@ -98,7 +98,7 @@ def not_loaded(state: SchedulerState, sequence: Sequence, hit: int) -> None:
 
 def _count_lookup(state: SchedulerState, sequence: Sequence, hit: int, offers: tuple[Offer, ...]) -> None:
     """What was asked of connectors and promised by them at a request's admission, not when it resumes."""
-    if sequence.preemptions or sequence.index:
+    if sequence.preemptions or sequence.index or sequence.asked_again:
         return
     state.news.promised.append(
         Promised(
@@ -190,6 +190,10 @@ def _fetched(state: SchedulerState, sequence: Sequence, fetch: Fetch) -> list[tu
     transfer = state.config.transfer
     if fetch.error is not None and transfer is not None and transfer.failure_policy == "fail":
         return [(sequence, LOAD_FAILED)]
+    if fetch.error is not None and fetch.tokens == fetch.hit and not sequence.asked_again:
+        sequence.asked_again = True  # the peer is gone from the answers now, another tier may have something
+        drop_fetch(state, sequence)
+        push_waiting(state, sequence)
     return []
 
 

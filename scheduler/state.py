@@ -43,6 +43,7 @@ class Sequence:
         prefilled: its first token was accepted.
         remote: a peer that holds its prompt; None: no peer, or it is needed no more.
         fetch: the pages that are being or have been brought for it; None: there are none, or it runs.
+        asked_again: a load brought nothing, so connectors were asked once more.
         external: tokens of the prompt first made usable by a load, by tier.
     """
 
@@ -60,6 +61,7 @@ class Sequence:
     prefilled: bool = False
     remote: RemoteSource | None = None
     fetch: "Fetch | None" = None
+    asked_again: bool = False
     external: dict[str, int] = field(default_factory=dict)
 
 

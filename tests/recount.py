@@ -74,6 +74,8 @@ class Recount:
             self._admit(entry)
         for command in plan.moves.commands:
             if isinstance(command, Load):
+                if all(load.request_id != command.request_id for load in self._loads.values()):
+                    self.books[command.request_id].arrived = []  # what failed before counts no more
                 self._loads[command.move_id] = command
         rows = plan.rows
         self._rows = [

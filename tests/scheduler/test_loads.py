@@ -148,7 +148,7 @@ def test_what_was_promised_at_admission_is_not_changed_by_a_failure():
     assert stats(world, "a") == (19, 0, 0) and world.peers["a"].released == 1
 
 
-def test_a_request_whose_load_failed_takes_the_host_tier_when_it_is_preempted_and_comes_back():
+def test_a_request_whose_load_brought_nothing_takes_what_the_host_tier_has():
     world = Hand(config(multi(NIXL_D, SIMPLE), pages=40), LIMITS)
     arrive(world, "warm", range(18), remote=False, max_tokens=1)
     world.settle()
@@ -156,7 +156,8 @@ def test_a_request_whose_load_failed_takes_the_host_tier_when_it_is_preempted_an
     arrive(world, "a", range(18))
     world.step(events=tuple(world.end_loads(0)))
     world.settle()
-    assert stats(world, "a") == (18, 0, 0)
+    assert stats(world, "a") == (2, 0, 16)
+    assert world.prefilled["a"].external_by_tier == (("host", 16),)
     right(world, "a")
 
 
