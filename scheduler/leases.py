@@ -20,7 +20,7 @@ def finish(state: SchedulerState, sequence: Sequence, *, completed: bool) -> Lea
     order = state.connector.finished(
         request.request_id, wants_lease=request.lease and sequence.slot is not None, completed=completed
     )
-    if order is None or sequence.slot is None:
+    if order is None or sequence.slot is None or state.ledger.lease(request.request_id) is not None:
         return None
     columns, slot, size = state.columns, sequence.slot, state.config.page_size
     prompt = len(request.prompt_token_ids)
