@@ -8,6 +8,9 @@ from scheduler.state import SchedulerState, Sequence
 IDLE_OFFERED = 256
 """Cached pages, the next to be evicted first, that connectors are shown in a step."""
 
+FREE_IS_PLENTY = 64
+"""Free pages with which nothing is about to be evicted."""
+
 
 def offer_pages(
     state: SchedulerState, sequence: Sequence, tables: list[list[int]], first: int, last: int
@@ -30,7 +33,10 @@ def offer_pages(
 
 def offer_idle(state: SchedulerState) -> None:
     """Shows the connectors which cached pages would be evicted next."""
-    if state.connector is None or not state.pages.idle:
+    transfer, pages = state.config.transfer, state.pages
+    if state.connector is None or transfer is None or not pages.idle or pages.free >= FREE_IS_PLENTY:
+        return
+    if not any(leaf.lazy_offload for leaf in transfer.leaves):
         return
     shown = []
     for page in state.pages.idle_pages():
