@@ -17,10 +17,10 @@ SOURCES := jaxserve kv scheduler metrics pallas_kernels
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast test-slow test-matrix check format clean
+.PHONY: help setup serve test test-fast test-slow test-connectors test-accuracy test-matrix check format clean
 
 help:  ## Say what can be made.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## Make .venv with jaxserve, its dependencies and the development tools.
 
@@ -45,6 +45,13 @@ test-fast: setup  ## Run the tests that start no processes.
 
 test-slow: setup  ## Run the slow tests.
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-connectors: setup  ## Run the tests of prefill and decode servers against servers that a script starts.
+	PYTHON=$(BIN)/python HOST_TIER=SimpleCPUOffloadConnector tests/e2e/run_multi_connector_edge_case_test.sh $(PYTEST_ARGS)
+	PYTHON=$(BIN)/python HOST_TIER=OffloadingConnector tests/e2e/run_multi_connector_edge_case_test.sh $(PYTEST_ARGS)
+
+test-accuracy: setup  ## Compare the score of a prefill and decode pair with that of one server.
+	PYTHON=$(BIN)/python tests/e2e/run_accuracy_test.sh
 
 test-matrix:  ## Run the suite (or MATRIX_TESTS) on Python 3.12 and 3.13 with the newest JAX, and on JAX 0.11.2.
 	@PIP_ARGS='$(PIP_ARGS)' $(PYTHON) scripts/matrix.py -- $(MATRIX_TESTS) $(PYTEST_ARGS)

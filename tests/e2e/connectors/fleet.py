@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,14 @@ def start_all(plans: Sequence[Plan], free_port: Callable[[], int], folder: Path)
     return [future.result() for future in asked]
 
 
-def stop_all(nodes) -> list[int]:
+def stop_all(nodes: Iterable[Node]) -> list[int]:
     """Ends servers side by side, stopped ones too; their exit codes."""
     servers = [node.server for node in nodes if node.server is not None]
     for server in servers:
         if server.process.poll() is None:
             os.kill(server.process.pid, signal.SIGCONT)
-            server.process.terminate()
-    return [stop_server(server) for server in servers]
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        return list(threads.map(stop_server, servers))
 
 
 def start_router(prefill_url: str, decode_url: str, port: int, folder: Path) -> Server:

@@ -1,6 +1,8 @@
 """A pair with nothing to do: no polling, no foreign libraries, no ports that nobody asked for."""
 
+import contextlib
 import os
+import re
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.connectors]
 
 WINDOW_S = 10.0
 WINDOWS = 3
+LISTEN = "0A"
 
 
 def test_an_idle_pair_rests(pair16: Pair, prompts) -> None:
@@ -43,29 +46,27 @@ def test_neither_side_maps_torch(pair16: Pair) -> None:
 
 
 def test_ports_are_those_that_were_asked_for(pair16: Pair) -> None:
-    """P: HTTP and the side channel. D: HTTP. Beside them only UCX's own, which answers UCX alone."""
-    for node, wanted in ((pair16.prefill, 2), (pair16.decode, 1)):
-        ours = listening(node.pid)
-        assert int(node.url.rpartition(":")[2]) in {port for _, port in ours}
-        local = {port for address, port in ours if address == "127.0.0.1"}
-        assert len(local) == wanted, ours
+    """P: HTTP and the side channel. D: HTTP. Beside them only UCX's own, of which both have as many."""
+    prefill, decode = pair16.prefill, pair16.decode
+    named = re.findall(r"side channel on \S+:(\d+)", log_of(prefill))
+    assert len(named) == 1 and not re.findall(r"side channel on", log_of(decode))
+    on_p = listening(prefill.pid) - {int(named[0]), int(prefill.url.rpartition(":")[2])}
+    on_d = listening(decode.pid) - {int(decode.url.rpartition(":")[2])}
+    assert len(listening(prefill.pid)) == len(on_p) + 2 and len(listening(decode.pid)) == len(on_d) + 1
+    assert len(on_p) == len(on_d)
 
 
-def listening(pid: int) -> set[tuple[str, int]]:
-    """IPv4 address and port of every TCP socket on which a process listens."""
+def log_of(node: Node) -> str:
+    """What it has printed."""
+    assert node.server is not None
+    return node.server.log.read_text()
+
+
+def listening(pid: int) -> set[int]:
+    """Ports of all IPv4 TCP sockets on which a process listens."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = os.readlink(link)
-        except FileNotFoundError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    found = set()
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and fields[9] in inodes:
-            host, port = fields[1].split(":")
-            octets = bytes.fromhex(host)[::-1]
-            found.add((".".join(map(str, octets)), int(port, 16)))
-    return found
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(os.readlink(link).removeprefix("socket:[").rstrip("]"))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTEN and row[9] in inodes}
