@@ -250,15 +250,15 @@ class Engine:
             if left:
                 self.abort(request.request_id)
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forgets every cached prefix; sequences keep the pages they hold."""
+    async def reset_prefix_cache(self, *, external: bool = False) -> bool:
+        """Forgets every cached prefix, with `external` host tiers' too; sequences keep the pages they hold."""
         running = asyncio.get_running_loop()
         done = asyncio.Event()
 
         def tell() -> None:
             running.call_soon_threadsafe(done.set)
 
-        self._loop.inbox.reset_prefix_cache(tell)
+        self._loop.inbox.reset_prefix_cache(tell, external=external)
         await done.wait()
         return True
 

@@ -17,6 +17,7 @@ class Arrived:
     requests: deque[LiveRequest] = field(default_factory=deque)
     aborts: deque[str] = field(default_factory=deque)
     resets: list[Callable[[], None]] = field(default_factory=list)
+    reset_external: bool = False
     nudged: bool = False
     closing: bool = False
 
@@ -75,8 +76,9 @@ class Inbox:
             self._arrived.aborts.extend(self._live)
             self._changed.notify_all()
 
-    def reset_prefix_cache(self, done: Callable[[], None]) -> None:
-        """Forgets cached prefixes before the next step; then `done` is called on the loop's thread.
+    def reset_prefix_cache(self, done: Callable[[], None], *, external: bool = False) -> None:
+        """Forgets cached prefixes before the next step, with `external` those of host tiers too; then `done`
+        is called on the loop's thread.
 
         Raises:
             EngineError: the loop has ended.
@@ -85,6 +87,7 @@ class Inbox:
             if not self._open:
                 raise EngineError("the engine is not running")
             self._arrived.resets.append(done)
+            self._arrived.reset_external = self._arrived.reset_external or external
             self._changed.notify_all()
 
     def shut(self) -> None:

@@ -190,6 +190,7 @@ class EngineLoop:
             stops=() if executed is None or under_way is None else self._host_stops(under_way.plan, executed),
             outcome=None if executed is None else executed.outcome,
             reset_prefix_cache=bool(arrived.resets),
+            reset_connectors=arrived.reset_external,
             events=tuple(events),
             pool_moved=moved and not failed,
             now_s=now,

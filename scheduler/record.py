@@ -49,6 +49,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     stops: tuple[Stop, ...]
     outcome: WireOutcome | None
     reset_prefix_cache: bool
+    reset_connectors: bool
     events: tuple[Event, ...]
     pool_moved: bool
     now_s: float
@@ -120,6 +121,7 @@ def encode_inputs(inputs: Inputs) -> bytes:
         stops=inputs.stops,
         outcome=wire,
         reset_prefix_cache=inputs.reset_prefix_cache,
+        reset_connectors=inputs.reset_connectors,
         events=inputs.events,
         pool_moved=inputs.pool_moved,
         now_s=inputs.now_s,
@@ -174,6 +176,7 @@ def decode_inputs(data: bytes) -> Inputs:
         stops=entry.stops,
         outcome=outcome,
         reset_prefix_cache=entry.reset_prefix_cache,
+        reset_connectors=entry.reset_connectors,
         events=entry.events,
         pool_moved=entry.pool_moved,
         now_s=entry.now_s,

@@ -30,6 +30,8 @@ def step(state: SchedulerState, inputs: Inputs, limits: Limits) -> tuple[Schedul
     expire(state)
     if inputs.reset_prefix_cache:
         forget_prefixes(state)
+    if inputs.reset_connectors and state.connector is not None:
+        state.connector.reset()
     refused = enqueue(state, inputs.arrivals, limits)
     batch = Batch(budget=limits.max_num_batched_tokens)
     fill_running(state, batch)

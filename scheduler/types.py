@@ -164,6 +164,7 @@ class Inputs:
     """Everything that happened since the last step.
 
     Attributes:
+        reset_connectors: host tiers forget what they hold.
         events: of moves, in the order in which the drivers saw them.
         pool_moved: the page buffer lies elsewhere now, with its content.
         now_s: the loop's clock; the step has none of its own.
@@ -174,6 +175,7 @@ class Inputs:
     stops: tuple[Stop, ...] = ()
     outcome: Outcome | None = None
     reset_prefix_cache: bool = False
+    reset_connectors: bool = False
     events: tuple[Event, ...] = ()
     pool_moved: bool = False
     now_s: float = 0.0

@@ -67,8 +67,9 @@ class SmallRoutes:
         return Response(body, headers={"content-type": content_type})
 
     async def reset_prefix_cache(self, request: Request) -> Response:
-        """Drops every cached page that nobody uses."""
-        return json_response({"success": await self._engine.reset_prefix_cache()})
+        """Drops every cached page that nobody uses; with vLLM's `reset_external`, host tiers' too."""
+        external = request.query_params.get("reset_external", "false").lower() in ("true", "1")
+        return json_response({"success": await self._engine.reset_prefix_cache(external=external)})
 
 
 class ThreadRoute:

@@ -139,7 +139,7 @@ class EngineSurface(Protocol):
         """The metrics and their content type."""
         ...
 
-    async def reset_prefix_cache(self) -> bool:
+    async def reset_prefix_cache(self, *, external: bool = False) -> bool:
         """Drops every cached page that nobody uses."""
         ...
 

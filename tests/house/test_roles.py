@@ -15,8 +15,6 @@ OF_THE_DEPRECATION = {
     "tests/jaxserve/test_warn_once.py",
     "tests/kv/test_config.py",
 }
-ONE_ENGINE_FOR_BOTH_SIDES = {"tests/kv/pair.py", "tests/kv/test_nixl_driver.py"}
-"""Test doubles below the configuration."""
 SOURCES = {".py", ".pyi"}
 TEXTS = SOURCES | {".md", ".sh", ".ipynb", ".json", ".toml", ".yaml", ".yml", ".txt", ".service"}
 INNERMOST = re.compile(r"\{[^{}]*\}")
@@ -65,8 +63,7 @@ def test_nothing_that_we_ship_gives_nixl_the_deprecated_role() -> None:
     found = {
         str(path.relative_to(ROOT)): count
         for path in shipped()
-        if str(path.relative_to(ROOT)) not in ONE_ENGINE_FOR_BOTH_SIDES
-        and (count := faults(read(path), python=path.suffix in SOURCES))
+        if (count := faults(read(path), python=path.suffix in SOURCES))
     }
     assert not found
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
-from kv.config import BOTH, NIXL, ConnectorConfig
+from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig
 from kv.driver import Region
 from kv.moves import Event, Lease, Load, Loaded, RemoteSource
 from kv.transfer_plan import EngineFacts
@@ -56,7 +56,7 @@ class Engine:
         name: str,
         port: int,
         page_size: int = 4,
-        role: str = BOTH,
+        role: str = PRODUCER,
         epoch: str = "0" * 32,
         compat: str = "same",
         config: ConnectorConfig | None = None,
@@ -121,11 +121,11 @@ class Pair:
         d_page: int = 4,
         digest: bool = True,
         d_compat: str = "same",
-        p_role: str = BOTH,
+        p_role: str = PRODUCER,
         quarantine_pages_max: int = 2,
     ) -> None:
         self.network, self.wire = FakeNixlNetwork(), FakeWire()
-        config = ConnectorConfig(kind=NIXL, role=BOTH, digest=digest)
+        config = ConnectorConfig(kind=NIXL, role=CONSUMER, digest=digest)
         self.p = Engine(
             self.network,
             self.wire,
@@ -141,6 +141,7 @@ class Pair:
             name="D",
             port=PORT_D,
             page_size=d_page,
+            role=CONSUMER,
             config=config,
             compat=d_compat,
             quarantine_pages_max=quarantine_pages_max,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
-from kv.config import BOTH, NIXL, ConnectorConfig
+from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig
 from kv.moves import (
     Event,
     Lease,
@@ -35,7 +35,7 @@ KEY = bytes(32)
 class Side:
     """One engine: a pool, a driver, and its events as they come."""
 
-    def __init__(self, name: str, make: Callable[[str], Agent], seed: int) -> None:
+    def __init__(self, name: str, make: Callable[[str], Agent], seed: int, role: str) -> None:
         self.pool = Pool(16, seed)
         self.events: list[Event] = []
         self.woken = threading.Event()
@@ -49,14 +49,14 @@ class Side:
             engine_id=name,
             epoch=name * 32,
             compat="c",
-            role=BOTH,
+            role=role,
             page_size=16,
             page_shape=self.pool.shape,
             item_bytes=ITEM,
         )
         self.driver = NixlDriver(
             facts=self.facts,
-            config=ConnectorConfig(kind=NIXL, role=BOTH, lease_s=0.6),
+            config=ConnectorConfig(kind=NIXL, role=role, lease_s=0.6),
             regions=[self.pool.region],
             copies=self.pool,
             make_channel=make_channel,
@@ -117,7 +117,7 @@ def load_of(source: RemoteSource, move_id: int, targets: Sequence[int]) -> Load:
 )
 def test_a_lease_is_kept_alive_read_and_ended_between_two_threads(real: bool) -> None:
     make = make_agent if real else FakeNixlNetwork().agent
-    p, d = Side("a", make, 1), Side("b", make, 2)
+    p, d = Side("a", make, 1, PRODUCER), Side("b", make, 2, CONSUMER)
     try:
         source = source_of(p, [5, 9, 3])
         p.driver.start([lease_of(source)])
@@ -146,7 +146,8 @@ def test_a_lease_is_kept_alive_read_and_ended_between_two_threads(real: bool) ->
 
 
 def test_a_fault_in_the_thread_fails_loads_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
-    p, d = (Side(name, FakeNixlNetwork().agent, 1) for name in "ab")
+    sides = (("a", PRODUCER), ("b", CONSUMER))
+    p, d = (Side(name, FakeNixlNetwork().agent, 1, role) for name, role in sides)
     try:
 
         def fail(pages: Sequence[int], out: np.ndarray) -> None:

@@ -135,6 +135,10 @@ def test_an_evicted_prompt_comes_back_from_the_host_tier(transfer):
     assert world.output("again") == world.output("first")
     computed, hit, external = stats(world, "again")
     assert (hit, external) == (0, 16) and computed == 2
+    world.step(reset_prefix_cache=True, reset_connectors=True)
+    world.step(arrivals=(request("forgotten", first),))
+    world.run()
+    assert stats(world, "forgotten") == (18, 0, 0)
     assert world.prefilled["again"].external_by_tier == (("host", 16),)
 
 

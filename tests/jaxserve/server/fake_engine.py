@@ -150,8 +150,8 @@ class FakeEngine:
     def metrics_text(self, accept: str) -> tuple[bytes, str]:
         return f"fake_running {len(self.running)}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"
 
-    async def reset_prefix_cache(self) -> bool:
-        self.resets += 1
+    async def reset_prefix_cache(self, *, external: bool = False) -> bool:
+        self.resets += 10 if external else 1
         return True
 
     async def drain(self, timeout_s: float) -> None:

@@ -44,6 +44,8 @@ def test_small_answers(ask: Ask, engine: FakeEngine) -> None:
     assert (metrics.text, metrics.headers["content-type"][:10]) == ("fake_running 0\n", "text/plain")
     assert ask("POST", "/reset_prefix_cache").json() == {"success": True}
     assert engine.resets == 1
+    assert ask("POST", "/reset_prefix_cache?reset_external=true").json() == {"success": True}
+    assert engine.resets == 11
 
 
 def test_tokenize_and_back(ask: Ask) -> None:
