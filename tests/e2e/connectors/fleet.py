@@ -255,9 +255,9 @@ def at_rest(url: str) -> Series:
     return series
 
 
-def ask(url: str, prompt: Sequence[int], **fields: Any) -> dict[str, Any]:
+def ask(url: str, prompt: Sequence[int] | str, **fields: Any) -> dict[str, Any]:
     """A completion's JSON."""
-    body = {**GREEDY, "prompt": list(prompt), **fields}
+    body = {**GREEDY, "prompt": prompt, **fields}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300, trust_env=False)
     assert answer.status_code == 200, answer.text
     return answer.json()
