@@ -198,7 +198,7 @@ def main() -> None:
     add("--dtype", default="auto")
     add("--prompt-tokens", type=int, default=1024)
     add("--rounds", type=int, default=5)
-    add("--batch", type=int, default=8, help="sequences of the decode batch")
+    add("--batch", type=int, default=6, help="sequences of the decode batch")
     add("--decode-tokens", type=int, default=96)
     add("--arrivals", type=int, default=4, help="prompts that arrive while the batch decodes")
     add("--every", type=float, default=0.5, help="seconds between arrivals")

@@ -251,7 +251,7 @@ class Engine:
                 self.abort(request.request_id)
 
     async def reset_prefix_cache(self, *, external: bool = False) -> bool:
-        """Forgets every cached prefix, with `external` host tiers' too; sequences keep the pages they hold."""
+        """Forgets every cached prefix, with `external` host tiers' too; sequences keep their pages."""
         running = asyncio.get_running_loop()
         done = asyncio.Event()
 

@@ -12,7 +12,7 @@ from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.device import Device
 from jaxserve.movers import Movers
 from jaxserve.outputs import RequestRefused, Transfer
-from kv.auth import AuthKeyError, load_key
+from kv.auth import AuthKeyError, is_loopback, load_key
 from kv.channel import ChannelError
 from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig, nixl_leaf
 from kv.copies import PointerCopies, ProgramCopies
@@ -21,7 +21,7 @@ from kv.driver import PageCopies
 from kv.host import HostDriver
 from kv.layout import derive_cpu_config, describe_pool
 from kv.moves import LeaseTerms
-from kv.nixl import NixlDriver, NixlUnavailable
+from kv.nixl import NixlDriver, NixlUnavailable, stay_on_this_machine
 from kv.seal import (
     CompatFacts,
     Identity,
@@ -199,6 +199,8 @@ def _nixl(
     )
     host = config.side_channel_host
     listens = leaf.role != CONSUMER
+    if config.kv_auth_key_file is None and is_loopback(host):
+        stay_on_this_machine()
     channels: list[TcpChannel] = []
 
     def make_channel(wake: Callable[[], None]) -> TcpChannel:

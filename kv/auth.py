@@ -44,14 +44,15 @@ def require_explicit_key(host: str, explicit: bool) -> None:
     Raises:
         AuthKeyError: `host` is not this machine alone and no key file was named.
     """
-    if not explicit and not _is_loopback(host):
+    if not explicit and not is_loopback(host):
         raise AuthKeyError(
             f"the side channel on {host!r} can be reached from other machines: name a key with "
             "--kv-auth-key-file, the same on all engines"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine alone."""
     if host == "localhost":
         return True
     try:

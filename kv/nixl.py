@@ -61,6 +61,14 @@ def load() -> ModuleType:
         ) from None
 
 
+def stay_on_this_machine() -> None:
+    """Keeps UCX off the network, unless the user has said otherwise: it listens on every interface else.
+
+    For engines whose peers are on this machine. UCX checks nothing that reaches its ports.
+    """
+    os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
 def make_agent(name: str) -> Agent:
     """A NIXL agent over UCX: no listener, no etcd, no thread.
 
