@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import HAS_NIXL
 from tests.house.test_docs import blocks, document, shell_words
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 CHEAP = (
     *("--enforce-eager", "--dtype", "float32", "--num-gpu-blocks-override", "64"),

@@ -236,6 +236,7 @@ def test_a_port_in_use_or_a_wrong_flag_fails_before_anything_is_loaded(server):
         assert "Traceback" not in done.stderr and time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_converted_weights_serve_the_same_text(server, tmp_path):
     """GGUF to an Orbax folder and back into an engine: same greedy text, tokenizer and template included."""
     folder = tmp_path / "orbax"

@@ -46,7 +46,7 @@ def test_greedy_text_is_the_references(engine, name):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("budget", [5, 37])
+@pytest.mark.parametrize("budget", [pytest.param(5, marks=pytest.mark.slow), 37])
 def test_greedy_text_in_small_prompt_chunks(budget):
     options = {**SMALL, "max_num_batched_tokens": budget, "num_pages": 60}
     names = ["code", "chat", "scripts", "single"]
@@ -113,6 +113,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(engine):
     assert other.outputs[0].token_ids != alone.outputs[0].token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_preempted_requests_give_the_same_text(tmp_path):
     record = tmp_path / "record"
