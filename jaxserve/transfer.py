@@ -186,7 +186,7 @@ def _nixl(
         num_layers=layers,
         kv_heads=heads,
         head_dim=head_dim,
-        digest=DIGEST_NAME if leaf.digest else "",
+        digest=DIGEST_NAME,
     )
     facts = EngineFacts(
         engine_id=leaf.engine_id or secrets.token_hex(16),

@@ -55,12 +55,19 @@ class Leases:
     """
 
     def __init__(
-        self, facts: EngineFacts, copies: PageCopies, emit: Callable[[Event], None], *, digest: bool
+        self,
+        facts: EngineFacts,
+        copies: PageCopies,
+        emit: Callable[[Event], None],
+        *,
+        digest: bool,
+        lease_s: float,
     ) -> None:
         self._facts = facts
         self._copies = copies
         self._emit = emit
         self._digest = digest
+        self._lease_s = lease_s
         self._leases: dict[str, _Lease] = {}
         self._undigested: deque[tuple[str, _Lease, int]] = deque()
         self._reading_until = 0.0
@@ -158,6 +165,7 @@ class Leases:
             page_shape=facts.page_shape,
             item_bytes=facts.item_bytes,
             digest=DIGEST_NAME if self._digest else "",
+            lease_s=self._lease_s,
         )
 
     def _touch(self, heartbeat: Heartbeat, now: float) -> Message:

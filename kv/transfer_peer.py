@@ -31,6 +31,8 @@ KNOCK_S = 1.0
 """While reading, the peer is told so often: it serves quickly only while it knows."""
 SILENT_HEARTBEATS = 2
 """So many without an answer in a row: the peer is held to be stopped."""
+MIN_LEASE_S = 0.6
+"""A peer that names a shorter life of its leases gets no more heartbeats than for this."""
 STAGING_BYTES = 32 << 20
 STUCK_POLL_S = 0.1
 
@@ -92,7 +94,7 @@ class Peer:
         """Keeps a lease alive, and shakes hands early."""
         self.tracked[request_id] = source
         if self._heartbeat_at is None:
-            self._heartbeat_at = now + self._parts.lease_s / 6
+            self._heartbeat_at = now + self._heartbeat_s
         if self._agent is None and not self._greeting:
             self._greet(CALL_S)
 
@@ -125,7 +127,7 @@ class Peer:
             if fetch in self._fetches and fetch.stage is Stage.TRANSFER:
                 self._check(fetch, now)
         if self._heartbeat_at is not None and now >= self._heartbeat_at:
-            self._heartbeat_at = now + self._parts.lease_s / 6 if self.tracked else None
+            self._heartbeat_at = now + self._heartbeat_s if self.tracked else None
             self._beat(self.tracked.values())
 
     def next_wake(self, now: float) -> float | None:
@@ -138,6 +140,13 @@ class Peer:
         if self._heartbeat_at is not None:
             times.append(self._heartbeat_at)
         return min(times, default=None)
+
+    @property
+    def _heartbeat_s(self) -> float:
+        """Between heartbeats: six in the life of a lease, the peer's where it has said how long that is."""
+        welcome = self._welcome
+        lease_s = self._parts.lease_s if welcome is None else min(self._parts.lease_s, welcome.lease_s)
+        return max(lease_s, MIN_LEASE_S) / 6
 
     @property
     def idle(self) -> bool:
@@ -206,6 +215,8 @@ class Peer:
             error = mismatch(parts.facts, parts.regions, answer, digest=parts.digest)
             if error is None and answer != self._welcome:
                 error = self._meet(answer)
+            if self._heartbeat_at is not None:
+                self._heartbeat_at = min(self._heartbeat_at, now + self._heartbeat_s)
         for fetch in waiting:
             if error is not None:
                 self._fail(fetch, now, error, "handshake", final=final)

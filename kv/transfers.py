@@ -70,7 +70,9 @@ class Transfers:
         self._peers: dict[tuple[str, str, int], Peer] = {}
         self._sources: dict[str, RemoteSource] = {}
         self._agents_made = 0
-        self._leases = Leases(facts, copies, self._events.append, digest=config.digest)
+        self._leases = Leases(
+            facts, copies, self._events.append, digest=config.digest, lease_s=config.lease_s
+        )
         self._serving: PoolAgent | None = None
         self._spare: PoolAgent | None = None
         self._ignored = 0

@@ -31,7 +31,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         page_size: tokens per page.
         page_shape: `[layers, 2, kv_heads, page_size, head_dim]`.
         item_bytes: of one element.
-        digest: name of the algorithm.
+        digest: name of the algorithm; "": pages have none.
+        lease_s: how long a lease lives without a heartbeat.
     """
 
     protocol: int
@@ -45,6 +46,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     page_shape: tuple[int, ...]
     item_bytes: int
     digest: str
+    lease_s: float
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -196,10 +196,10 @@ def _watch(child: Child, routing: RouterServer) -> None:
 
 
 def _told(child: Child) -> int:
-    """Says that a child has ended, and with which exit code; ours."""
+    """Says that a child has ended, and with which exit code; ours, as a shell has it after a signal."""
     code = child.process.returncode
     print(f"jaxserve: error: the {child.name} server ended with exit code {code}", file=sys.stderr)
-    return code if 0 < code < 128 else 1
+    return code if 0 < code < 128 else 128 - code if code < 0 else 1
 
 
 def _copy_lines(name: str, output: IO[bytes]) -> None:

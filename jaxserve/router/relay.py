@@ -79,8 +79,15 @@ class Reply:
         await self._send(
             {"type": "http.response.start", "status": response.status_code, "headers": passed(response)}
         )
+        length, tail = response.headers.get("content-length"), b""
+        left = int(length) if length is not None else None
         while chunk:
             self._between_events = chunk.endswith((b"\n\n", b"\r\n\r\n"))
+            tail = (tail + chunk)[-len(LAST_EVENT) :]
+            left = None if left is None else left - len(chunk)
+            if left == 0 or (self._events and tail == LAST_EVENT):
+                # The client knows that it has everything and may go before the backend's end is seen.
+                self.settle(outcome_of(self.status))
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
             chunk = await anext(chunks, b"")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
-from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig
+from kv.config import CONSUMER, LEASE_S, NIXL, PRODUCER, ConnectorConfig
 from kv.driver import Region
 from kv.moves import Event, Lease, Load, Loaded, RemoteSource
 from kv.transfer_plan import EngineFacts
@@ -122,6 +122,7 @@ class Pair:
         digest: bool = True,
         d_compat: str = "same",
         p_role: str = PRODUCER,
+        p_lease_s: float = LEASE_S,
         quarantine_pages_max: int = 2,
     ) -> None:
         self.network, self.wire = FakeNixlNetwork(), FakeWire()
@@ -133,7 +134,7 @@ class Pair:
             port=PORT_P,
             page_size=p_page,
             role=p_role,
-            config=replace(config, role=p_role),
+            config=replace(config, role=p_role, lease_s=p_lease_s),
         )
         self.d = Engine(
             self.network,

@@ -1,5 +1,7 @@
 """Loads between engines: what arrives is what was leased, or it does not count."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -361,6 +363,15 @@ def test_tracked_leases_get_heartbeats_until_they_are_untracked() -> None:
         LeaseRead(request_id="r", at_s=27.0)
     ]
     assert sum(isinstance(message, Heartbeat) for _, message in pair.wire.sent) == 5
+
+
+def test_heartbeats_keep_pace_with_the_peers_lease_where_it_is_shorter() -> None:
+    pair = Pair(p_lease_s=6.0)
+    source = pair.p.lease("r", [5], 4)
+    pair.d.transfers.start([Track(connector=0, request_id="d1", source=source)], 0.0)
+    pair.run(20, 0.5)
+    touched = [event.at_s for event in pair.p.events if isinstance(event, LeaseTouched)]
+    assert len(touched) >= 7 and max(b - a for a, b in itertools.pairwise(touched)) <= 2.0
 
 
 def test_done_twice_is_told_once_and_too_late_is_told_too() -> None:

@@ -37,6 +37,7 @@ MESSAGES: tuple[Message, ...] = (
         page_shape=(2, 2, 1, 16, 8),
         item_bytes=2,
         digest="none",
+        lease_s=30.0,
     ),
     Heartbeat(epoch="e", request_ids=("a", "b")),
     HeartbeatAnswer(epoch="e", gone=("b",)),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -410,3 +411,46 @@ def test_a_drain_that_takes_too_long_ends_what_runs(start: Start) -> None:
         asking.join(WAIT_S)
     assert results == [503]
     assert d.gone.wait(WAIT_S)
+
+
+class Lingering(Response):
+    """Everything is sent, the end is not: a client that has all it needs goes before."""
+
+    def __init__(self, body: bytes, release: threading.Event, *, media_type: str, sized: bool) -> None:
+        super().__init__(body, media_type=media_type)
+        self._release = release
+        if not sized:
+            del self.headers["content-length"]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await asyncio.to_thread(self._release.wait, WAIT_S)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_with_its_whole_answer_has_not_aborted(start: Start, stream: bool) -> None:
+    release = threading.Event()
+    body = b"data: {}\n\ndata: [DONE]\n\n" if stream else b'{"choices": []}'
+
+    async def answer(request: Request) -> Response:
+        media_type = "text/event-stream" if stream else "application/json"
+        return Lingering(body, release, media_type=media_type, sized=not stream)
+
+    p, d = start(prefilled), start(answer)
+    with routing([p.url], [d.url]) as router:
+        got = b""
+        with router.client.stream(
+            "POST", "/v1/completions", json={"prompt": "hi", "stream": stream}
+        ) as response:
+            for chunk in response.iter_raw():
+                got += chunk
+                if got == body:
+                    break
+        while router.client.get("/load").json()["server_load"]:
+            pass
+        release.set()
+        found = router.metrics()
+        assert found['requests_total{outcome="ok"}'] == 1
+        assert not found.get('requests_total{outcome="aborted"}')
