@@ -175,4 +175,4 @@ def _check(pages: Sequence[int], rows: np.ndarray, num_pages: int, page_bytes: i
 def _view(region: Region) -> np.ndarray:
     """The region as uint8 `[pages, page_bytes]`, without JAX's knowledge."""
     buffer = (ctypes.c_uint8 * region.num_bytes).from_address(region.address)
-    return np.frombuffer(buffer, np.uint8).reshape(region.num_pages, region.page_bytes)
+    return np.frombuffer(memoryview(buffer), np.uint8).reshape(region.num_pages, region.page_bytes)
