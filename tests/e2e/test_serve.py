@@ -151,6 +151,7 @@ def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(free_port, tm
         stop_server(running)
 
 
+@pytest.mark.slow
 def test_a_full_queue_answers_429_and_small_pools_preempt(free_port, tmp_path):
     record = tmp_path / "record"
     flags = ("--enforce-eager", "--max-num-seqs", "4", "--max-num-queued-reqs", "2", "--disable-log-stats",

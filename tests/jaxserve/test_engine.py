@@ -58,6 +58,7 @@ def test_greedy_text_in_small_prompt_chunks(budget):
         assert list(output.outputs[0].token_ids) == GOLDENS[name]["continuation"]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_greedy_text_through_the_pallas_kernel():
     with Engine("smollm2", attention_backend="pallas", num_pages=60, **SMALL) as running:
@@ -65,6 +66,7 @@ def test_greedy_text_through_the_pallas_kernel():
     assert list(output.outputs[0].token_ids) == GOLDENS["fibonacci"]["continuation"]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_bfloat16_parts_from_the_reference_only_where_it_hardly_leads():
     """Equal argmax wherever the float32 reference's best token leads the second by BF16_GAP or more."""

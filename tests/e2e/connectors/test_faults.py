@@ -116,7 +116,7 @@ def test_a_killed_p_is_computed_for_and_its_next_life_is_another_peer(
     assert text_of(answer) == text_of(ask(successor.url, fresh))
 
 
-@pytest.mark.parametrize("met", [False, True], ids=["unmet", "met"])
+@pytest.mark.parametrize("met", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unmet", "met"])
 def test_a_stopped_p_is_waited_for_no_longer_than_the_deadline(decoders, start_producer, prompts, met):
     """D computes; when P goes on, nothing was harmed: pages come back and the next prompt is fetched."""
     node, _ = decoders
