@@ -45,8 +45,9 @@ def test_greedy_text_is_the_references(engine, name):
     assert list(output.outputs[0].token_ids) == GOLDENS[name]["continuation"]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
-@pytest.mark.parametrize("budget", [pytest.param(5, marks=pytest.mark.slow), 37])
+@pytest.mark.parametrize("budget", [5, 37])
 def test_greedy_text_in_small_prompt_chunks(budget):
     options = {**SMALL, "max_num_batched_tokens": budget, "num_pages": 60}
     names = ["code", "chat", "scripts", "single"]
