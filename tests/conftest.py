@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve"
 
@@ -18,6 +19,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # What these say of an assertion that fails must be as clear as in a test.
 pytest.register_assert_rewrite("tests.e2e.connectors.eviction", "tests.e2e.connectors.fleet")
+
+# The same examples in every run, so that a failure is a change's and not a draw's.
+# `HYPOTHESIS_PROFILE=default` draws new ones.
+settings.register_profile("steady", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 NO_REASON = ("", "unconditional skip")
 HAS_NIXL = importlib.util.find_spec("nixl") is not None
