@@ -6,6 +6,7 @@ vLLM, a prefix may come from one child and the rest from others: tiers of this m
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kv.connectors.base import (
     LATER,
@@ -69,7 +70,7 @@ class MultiConnector:
             if taken:
                 if done >= query.num_tokens or done % query.page_size:
                     break
-                answer = self.children[place].lookup(_beyond(query, done))
+                answer = self.children[place].lookup(replace(query, num_computed=done))
                 if isinstance(answer, Later):
                     return LATER
                 offers = answer
@@ -134,16 +135,3 @@ class MultiConnector:
         """Recounts all children."""
         for child in self.children:
             child.check()
-
-
-def _beyond(query: Query, num_computed: int) -> Query:
-    """The same request, with more of it promised."""
-    return Query(
-        request_id=query.request_id,
-        names=query.names,
-        num_tokens=query.num_tokens,
-        num_computed=num_computed,
-        page_size=query.page_size,
-        windows=query.windows,
-        remote=query.remote,
-    )

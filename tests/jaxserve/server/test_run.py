@@ -67,10 +67,6 @@ class Call(threading.Thread):
         return self.response
 
 
-def in_flight(port: int) -> int:
-    return httpx.get(f"http://127.0.0.1:{port}/load").json()["server_load"]
-
-
 def wait_for_running(port: int, count: int) -> None:
     """Until so many requests are with the engine: one that is still being read would be refused."""
     for _ in range(500):
