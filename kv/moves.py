@@ -144,7 +144,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         num_pages: leading page positions that arrived and were verified.
         safe: nobody can write the targets any more; False: they stay in quarantine until `Safe`.
         error: why positions are missing; None: all are there.
-        stage: where it failed: "handshake", "transfer", "verify" (stale pages) or "" .
+        stage: where it failed: "handshake", "transfer" (the peer's confirmation is part of it), "verify" (the
+            peer, or the digest, said that the pages are others) or "".
         num_bytes, num_descriptors, seconds, post_seconds: of the transfer itself, for statistics.
         digest_failures: pages that arrived but were not what the source holds.
     """

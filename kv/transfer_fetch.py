@@ -14,12 +14,18 @@ from kv.transfer_plan import EngineFacts, Piece, pieces, regroup
 
 
 class Stage(Enum):
-    """Where a load is; the values are those of `Loaded.stage`."""
+    """Where a load is."""
 
     HANDSHAKE = "handshake"
     POST = "post"
     TRANSFER = "transfer"
     VERIFY = "verify"
+
+    @property
+    def broken(self) -> str:
+        """`Loaded.stage` of a load that was cut off here. Only a peer's own answer can fail the verification:
+        pages that nobody has vouched for are not known to be stale."""
+        return self.value if self is Stage.HANDSHAKE else Stage.TRANSFER.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,7 @@ class Fetch:
             num_pages=num_pages,
             safe=safe,
             error=error,
-            stage="transfer" if stage == "post" else stage,
+            stage=stage,
             num_bytes=self._moved.num_bytes,
             num_descriptors=self._moved.num_descriptors,
             seconds=self._moved.seconds,

@@ -175,7 +175,7 @@ class Peer:
         """Deletes the agent and fails every load, safely."""
         self.destroy(error)
         for fetch in list(self._fetches):
-            self._end(fetch, error, fetch.stage.value)
+            self._end(fetch, error, fetch.stage.broken)
 
     # Handshake.
 
@@ -250,7 +250,7 @@ class Peer:
         old = self._welcome.epoch if self._welcome is not None else None
         self.destroy("the peer has been restarted")
         for fetch in [fetch for fetch in self._fetches if fetch.source.epoch == old]:
-            self._end(fetch, "the peer has been restarted: its lease is void", fetch.stage.value)
+            self._end(fetch, "the peer has been restarted: its lease is void", fetch.stage.broken)
         self.tracked = {name: source for name, source in self.tracked.items() if source.epoch != old}
 
     # Transfer.
@@ -332,7 +332,7 @@ class Peer:
 
     def _confirmed(self, fetch: Fetch, answer: Message | ChannelError, now: float) -> None:
         if isinstance(answer, ChannelError):
-            self._fail(fetch, now, f"the peer did not confirm: {answer}", "verify", final=False)
+            self._fail(fetch, now, f"the peer did not confirm: {answer}", "transfer", final=False)
             return
         if not isinstance(answer, Confirmed) or answer.epoch != fetch.source.epoch:
             reason = f"{answer.code}: {answer.reason}" if isinstance(answer, Refused) else "no confirmation"
@@ -393,7 +393,7 @@ class Peer:
     def _give_up(self, fetch: Fetch, now: float, error: str) -> None:
         """Past its deadline: targets of a transfer under way stay in quarantine until it ends."""
         if fetch.stage is not Stage.TRANSFER:
-            self._end(fetch, error, fetch.stage.value)
+            self._end(fetch, error, fetch.stage.broken)
             return
         targets = 0 if self._staging is not None else len(fetch.batch)
         self.stuck.append(Stuck(fetch.load.move_id, fetch.transfer, targets, fetch.rows, now))

@@ -226,6 +226,15 @@ def test_a_hanging_transfer_is_given_up_and_its_pages_are_safe_when_it_ends() ->
     assert pair.d.transfers.quarantined_pages == 0
 
 
+def test_pages_that_nobody_vouches_for_are_a_failed_transfer_not_stale() -> None:
+    """A stopped process can still be read from (the kernel does it), but it confirms nothing."""
+    pair = Pair()
+    pair.wire.lose = lambda message: isinstance(message, Confirm | Heartbeat)
+    pair.load(pair.p.lease("r", [5, 9], 8), [20, 21])
+    loaded = only_loaded(pair.run(400, 0.1))
+    assert (loaded.num_pages, loaded.safe, loaded.stage) == (0, True, "transfer")
+
+
 def test_a_peer_that_leaves_two_heartbeats_unanswered_is_held_to_be_stopped() -> None:
     pair = Pair()
     pair.network.pause(pair.serving)
