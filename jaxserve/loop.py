@@ -1,82 +1,30 @@
-"""The engine loop: one thread that decides, performs and reports, step after step.
+"""The engine loop: one thread that gives an engine's core its turns, and the engine's only clock.
 
-    turn(pending): wait for the step under way -> read stop strings -> decide the next -> start it
-                   -> report the last one while the device works -> the new pending
-
-The only clock is here, passed on as numbers. An idle loop sleeps on a condition until something arrives. An
-error in one request ends that request; an error of a step ends the step's requests; the loop goes on.
+An idle loop sleeps on a condition until something arrives.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable
 
-import numpy as np
-
-from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
-from jaxserve.inbox import Arrived, Inbox
+from jaxserve.core import DeviceDriver, EngineCore, Recorder
+from jaxserve.inbox import Inbox
 from jaxserve.movers import Movers
-from jaxserve.report import News, Owner, Reporter
-from jaxserve.sequence import LiveRequest, LiveSequence, Sink, error_end
+from jaxserve.sequence import Sink
 from jaxserve.text import Tokenizer
-from kv.driver import Region
-from kv.moves import Event
 from metrics.engine import EngineStats
 from metrics.log_line import format_log_line, was_busy
 from metrics.moves import MoveStats
-from scheduler.state import initial_state
-from scheduler.step import step
-from scheduler.types import FinishReason, Inputs, Limits, Plan, Request, SchedulerConfig, Stop
+from scheduler.types import Limits, Request, SchedulerConfig
 
 logger = logging.getLogger("jaxserve")
 
 LOG_INTERVAL_S = 10.0
 
-HELD_BACK_S = 0.002
-"""Between looks while every running sequence waits for pages that are being stored."""
-
-CLOCK_GRAIN_S = 0.001
-"""Added to a wait for a deadline, so that it has passed when the wait is over."""
-
-
-class DeviceDriver(Protocol):
-    """What the loop needs of a device; the simulator's satisfies it too."""
-
-    def start(self, plan: Plan, setups: list[SlotSetup], spans: list[PromptSpan]) -> Pending: ...
-
-    def wait(self, pending: Pending) -> Executed: ...
-
-    def pool_changed(self) -> bool:
-        """Whether the page buffer lies elsewhere than at the last call."""
-        ...
-
-    def regions(self) -> tuple[Region, ...]:
-        """Where it lies, per shard."""
-        ...
-
-
-Recorder = Callable[[Inputs, Plan], None]
-"""Takes what went into a step and what came out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class UnderWay:
-    """A step that the device works on, the plan behind it, and whom its prompt spans belong to."""
-
-    plan: Plan
-    pending: Pending
-    span_owners: tuple[LiveRequest, ...]
-
 
 class EngineLoop:
-    """Owns the scheduler's state, and which sequence holds which slot.
-
-    Attributes:
-        inbox: how other threads talk to it.
-    """
+    """Turns a core until it is closed."""
 
     def __init__(
         self,
@@ -91,22 +39,27 @@ class EngineLoop:
         log_stats: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        nothing = EngineStats.empty(config.max_model_len)
-        self._movers = movers = movers or Movers()
-        self._limits, self._device, self._tokenizer = limits, device, tokenizer
-        self._recorder, self._clock = recorder, clock
-        self._state = initial_state(config)
-        self._owners: dict[int, Owner] = {}
-        self.inbox = Inbox(max_num_queued_reqs=max_num_queued_reqs, rejections=nothing.rejections)
-        self._reporter = Reporter(nothing, movers, abort=self.inbox.abort, forget=self.inbox.forget)
+        self._core = EngineCore(
+            config,
+            limits,
+            device,
+            tokenizer,
+            max_num_queued_reqs=max_num_queued_reqs,
+            clock=clock,
+            movers=movers,
+            recorder=recorder,
+        )
+        self._clock = clock
         self._busy_since: float | None = None
-        self._logged = (clock(), nothing)
+        self._logged = (clock(), self._core.stats)
         self._log_stats = log_stats
-        self._pause: float | None = None
-        self._leases = 0
-        movers.begin(self.inbox.nudge)
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def inbox(self) -> Inbox:
+        """How other threads talk to it."""
+        return self._core.inbox
 
     @property
     def alive(self) -> bool:
@@ -116,7 +69,7 @@ class EngineLoop:
     @property
     def stats(self) -> EngineStats:
         """A snapshot of everything counted so far."""
-        return replace(self._reporter.stats, rejections=self.inbox.rejections)
+        return self._core.stats
 
     def stalled(self, seconds: float) -> bool:
         """Work is at hand, but no step was completed for that long."""
@@ -126,12 +79,12 @@ class EngineLoop:
     @property
     def move_stats(self) -> MoveStats:
         """What was counted of moves."""
-        return self._reporter.moves
+        return self._core.move_stats
 
     @property
     def num_leases(self) -> int:
         """Leases that peers have not read yet."""
-        return self._leases
+        return self._core.num_leases
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Takes a request in; its deltas go to `sink`, on the loop's thread.
@@ -140,17 +93,7 @@ class EngineLoop:
             QueueFull: too many requests wait.
             EngineError: the loop has ended or is being closed.
         """
-        now = self._clock()
-        self.inbox.submit(
-            LiveRequest(
-                request=request,
-                tokenizer=self._tokenizer,
-                sink=sink,
-                arrival_s=now,
-                queued_s=now,
-                left=request.sampling.n,
-            )
-        )
+        self._core.submit(request, sink)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Ends what lives with an error, and the thread."""
@@ -158,183 +101,24 @@ class EngineLoop:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        under_way: UnderWay | None = None
+        core = self._core
         try:
             while True:
-                idle = under_way is None and self._pause != 0.0
+                idle = core.idle
                 if idle:
                     self._busy_since = None
-                arrived = self.inbox.collect(block=idle, timeout_s=self._pause)
+                arrived = self.inbox.collect(block=idle, timeout_s=core.pause)
                 if arrived.closing:
                     break
                 if idle:
                     self._busy_since = self._clock()
-                under_way = self._turn(under_way, arrived)
+                core.turn(arrived)
+                self._busy_since = now = self._clock()
+                self._maybe_log(now)
         except BaseException:
             logger.exception("the engine loop has ended")
         finally:
-            self._movers.close()
-            self._tell_the_rest()
-
-    def _turn(self, under_way: UnderWay | None, arrived: Arrived) -> UnderWay | None:
-        executed = None if under_way is None else self._device.wait(under_way.pending)
-        failed = executed is not None and executed.outcome.error is not None
-        moved = self._device.pool_changed()
-        if moved:
-            self._movers.pool_moved(self._device.regions())
-        events = self._movers.poll()
-        now = self._clock()
-        inputs = Inputs(
-            arrivals=tuple(live.request for live in arrived.requests),
-            aborts=tuple(arrived.aborts),
-            stops=() if executed is None or under_way is None else self._host_stops(under_way.plan, executed),
-            outcome=None if executed is None else executed.outcome,
-            reset_prefix_cache=bool(arrived.resets),
-            reset_connectors=arrived.reset_external,
-            events=tuple(events),
-            pool_moved=moved and not failed,
-            now_s=now,
-        )
-        self._state, plan = step(self._state, inputs, self._limits)
-        if self._recorder is not None:
-            self._recorder(inputs, plan)
-        news = self._news(under_way, executed, plan, events, now)
-        started = self._start(plan, now)
-        self._movers.start(plan.moves.commands)
-        self._reporter.report(news)
-        for done in arrived.resets:
-            done()
-        # An abort that came together with its request found nothing to end.
-        for request_id in {request.request_id for request in inputs.arrivals}.intersection(inputs.aborts):
-            self.inbox.abort(request_id)
-        self._busy_since = now
-        self._leases = plan.moves.gauges.leases
-        self._pause = None if started is not None else self._how_long(plan, now)
-        self._maybe_log(now)
-        return started
-
-    def _how_long(self, plan: Plan, now: float) -> float | None:
-        """How long nothing will happen by itself after a step that ran nothing; None: for ever."""
-        if plan.preempted or plan.finished:
-            return 0.0
-        if plan.gauges.running:  # they wait for pages that a store gives back
-            return HELD_BACK_S
-        deadline = plan.moves.next_deadline_s
-        return None if deadline is None else max(0.0, deadline - now) + CLOCK_GRAIN_S
-
-    def _news(
-        self,
-        under_way: UnderWay | None,
-        executed: Executed | None,
-        plan: Plan,
-        events: Sequence[Event],
-        now: float,
-    ) -> News:
-        """Who is concerned by what happened, while slots still belong to them."""
-        ran = None
-        if under_way is not None and executed is not None and executed.sampled is not None:
-            ran = under_way.plan
-        accepted = zip(plan.accepted.slots, plan.accepted.rows, strict=True)
-        return News(
-            ran=ran,
-            executed=executed,
-            span_owners=() if under_way is None else under_way.span_owners,
-            plan=plan,
-            accepted=tuple((self._owners[int(slot)], int(row)) for slot, row in accepted),
-            prefilled=tuple(self.inbox.live(entry.request_id) for entry in plan.prefilled),
-            ended=tuple((entry, self.inbox.live(entry.request_id)) for entry in plan.finished),
-            events=tuple(events),
-            now=now,
-        )
-
-    def _start(self, plan: Plan, now: float) -> UnderWay | None:
-        """Follows slots changing hands, and dispatches the rows."""
-        for entry in plan.finished:
-            if entry.slot is not None:
-                self._owners.pop(entry.slot, None)
-        for entry in plan.preempted:
-            _, sequence = self._owners.pop(entry.slot)
-            sequence.preemptions += 1
-        setups = []
-        for entry in plan.admitted:
-            live = self.inbox.live(entry.request_id)
-            if live is None:
-                raise RuntimeError(f"request {entry.request_id} was admitted but does not live")
-            sequence = live.sequence(entry.index)
-            self._owners[entry.slot] = (live, sequence)
-            if sequence.scheduled_s is None:
-                sequence.scheduled_s = max(now, live.queued_s)
-            self.inbox.leave_queue(live)
-            setups.append(_setup(live.request, sequence, entry.slot))
-        if not len(plan.rows):
-            return None
-        spans = self._spans(plan)
-        owners = tuple(self._owners[span.slot][0] for span in spans)
-        return UnderWay(plan=plan, pending=self._device.start(plan, setups, spans), span_owners=owners)
-
-    def _spans(self, plan: Plan) -> list[PromptSpan]:
-        """Rows whose prompt positions want log-probabilities."""
-        spans = []
-        firsts = np.cumsum(plan.rows.lens) - plan.rows.lens
-        for row, slot in enumerate(plan.rows.slots):
-            live, sequence = self._owners[int(slot)]
-            if live.request.sampling.prompt_logprobs is None or sequence.index or live.prefill is not None:
-                continue
-            prompt, start = live.request.prompt_token_ids, int(plan.rows.starts[row])
-            targets = prompt[start + 1 : start + 1 + int(plan.rows.lens[row])]
-            if targets:
-                spans.append(
-                    PromptSpan(
-                        slot=int(slot),
-                        first_token=int(firsts[row]),
-                        start=start,
-                        targets=np.asarray(targets, np.int32),
-                    )
-                )
-        return spans
-
-    def _host_stops(self, plan: Plan, executed: Executed) -> tuple[Stop, ...]:
-        """Reads the new text of sequences with stop strings, and finds rows whose logits were no numbers."""
-        sampled = executed.sampled
-        if sampled is None:
-            return ()
-        stops = []
-        for row in np.nonzero(plan.rows.samples)[0]:
-            owner = self._owners.get(int(plan.rows.slots[row]))
-            if owner is None:
-                continue
-            live, sequence = owner
-            request_id = live.request.request_id
-            if not sampled.finite[row]:
-                stops.append(
-                    Stop(
-                        request_id=request_id,
-                        index=sequence.index,
-                        reason=FinishReason.ERROR,
-                        message="the model gave logits that are not numbers",
-                    )
-                )
-            elif sequence.has_stops:
-                hit = self._read(live, sequence, int(sampled.tokens[row]))
-                if hit is not None:
-                    stops.append(
-                        Stop(
-                            request_id=request_id,
-                            index=sequence.index,
-                            reason=FinishReason.STOP,
-                            stop_reason=hit,
-                        )
-                    )
-        return tuple(stops)
-
-    def _read(self, live: LiveRequest, sequence: LiveSequence, token: int) -> str | None:
-        """Reads a token of a sequence with stop strings; a failure ends its request, nobody else's."""
-        try:
-            return sequence.read(token)
-        except Exception:
-            logger.exception("request %s failed on the host; it is aborted", live.request.request_id)
-            self.inbox.abort(live.request.request_id)
-            return None
+            core.close()
 
     def _maybe_log(self, now: float) -> None:
         since, before = self._logged
@@ -344,31 +128,3 @@ class EngineLoop:
         if self._log_stats and was_busy(before, stats):
             logger.info("%s", format_log_line(before, stats, now - since))
         self._logged = (now, stats)
-
-    def _tell_the_rest(self) -> None:
-        """The loop is over: nobody waits for ever."""
-        for live in self.inbox.end():
-            for index in range(live.request.sampling.n):
-                ended = error_end(live.request.request_id, index, "the engine has stopped")
-                try:
-                    live.sink(live.delta(index, ended=ended))
-                except Exception:
-                    logger.exception("delivering to request %s failed", live.request.request_id)
-
-
-def _setup(request: Request, sequence: LiveSequence, slot: int) -> SlotSetup:
-    sampling = request.sampling
-    known = np.asarray((*request.prompt_token_ids, *sequence.output), np.int32)
-    return SlotSetup(
-        slot=slot,
-        sampling=sampling,
-        seed=_wrap(int(sampling.seed or 0) + sequence.index),
-        stop_token_ids=(*sampling.stop_token_ids, *request.eos_token_ids),
-        tokens=known,
-        num_prompt=len(request.prompt_token_ids),
-    )
-
-
-def _wrap(seed: int) -> int:
-    """A seed plus an index, kept in 64 bits."""
-    return (seed + 2**63) % 2**64 - 2**63

@@ -15,15 +15,15 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from kv.channel import Channel
 from kv.config import ConnectorConfig
 from kv.driver import Clock, PageCopies, Region
-from kv.moves import Command, Event, Load, Loaded, Safe
+from kv.moves import Command, Event
 from kv.transfer_agent import Agent
+from kv.transfer_desk import Desk
 from kv.transfer_plan import EngineFacts
 from kv.transfers import Transfers
 
@@ -117,14 +117,9 @@ class NixlDriver:
         self._clock = clock
         self._wake = wake
         self._work = threading.Event()
-        self._lock = threading.Lock()
-        self._commands: list[Command] = []
-        self._events: deque[Event] = deque()
         self._order: Callable[[], None] | None = None
         self._ordered = threading.Event()
         self._stop = False
-        self._dead = False
-        self._open: dict[int, bool] = {}  # loads not answered (True), or answered and not yet safe
         if make_agent is None:
             make_agent = _real_agent()
         channel = make_channel(self._work.set)
@@ -141,21 +136,19 @@ class NixlDriver:
         except BaseException:
             channel.close()
             raise
+        self._desk = Desk(self._transfers, lock=threading.Lock())
         self._thread = threading.Thread(target=self._run, name=f"transfers {facts.engine_id}", daemon=True)
         self._thread.start()
 
     def start(self, commands: Sequence[Command]) -> None:
         """Begins moves; does not wait for them."""
-        with self._lock:
-            self._commands += commands
-            if self._dead:
-                self._answer_all()
+        self._desk.start(commands)
         if commands:
             self._work.set()
 
     def poll(self) -> Sequence[Event]:
         """What has happened since the last call."""
-        return [self._events.popleft() for _ in range(len(self._events))]
+        return self._desk.poll()
 
     def pool_moved(self, regions: Sequence[Region]) -> None:
         """See `Transfers.pool_moved`."""
@@ -178,7 +171,7 @@ class NixlDriver:
         self._ordered.clear()
         self._order = order
         self._work.set()
-        while not self._ordered.wait(1.0) and not self._dead:
+        while not self._ordered.wait(1.0) and not self._desk.ended:
             pass
 
     # From here on: in the thread.
@@ -202,28 +195,8 @@ class NixlDriver:
             # A fault of ours. The engine goes on without peers: every load fails, and computes instead.
             _log.exception("transfers have ended; pages are moved no more")
         finally:
-            self._transfers.close()
-            with self._lock:
-                self._dead = True
-                self._answer_all()
+            self._desk.end()
             self._wake()
-
-    def _answer_all(self) -> None:
-        """Fails every load. Nothing can write any more: the agents have been deleted."""
-        self._note(self._commands, ())
-        self._commands.clear()
-        for move_id, unanswered in self._open.items():
-            lost = Loaded(move_id=move_id, num_pages=0, error="transfers have ended", stage="transfer")
-            self._events.append(lost if unanswered else Safe(move_id=move_id))
-        self._open.clear()
-
-    def _note(self, commands: Sequence[Command], events: Sequence[Event]) -> None:
-        self._open.update({command.move_id: True for command in commands if isinstance(command, Load)})
-        for event in events:
-            if isinstance(event, Loaded | Safe):
-                self._open.pop(event.move_id, None)
-            if isinstance(event, Loaded) and not event.safe:
-                self._open[event.move_id] = False
 
     def _turn(self) -> bool:
         """One round. Returns whether something happened."""
@@ -231,16 +204,7 @@ class NixlDriver:
         if order is not None:
             order()
             self._ordered.set()
-        self._transfers.hear()  # before the commands are taken: see there
-        with self._lock:
-            commands, self._commands = self._commands, []
-        self._note(commands, ())
-        now = self._clock()
-        if commands:
-            self._transfers.start(commands, now)
-        events = self._transfers.poll(now)
-        self._note((), events)
-        if events:
-            self._events.extend(events)
+        busy, told = self._desk.round(self._clock)
+        if told:
             self._wake()
-        return bool(events or commands)
+        return busy
