@@ -16,7 +16,7 @@ import ctypes
 import json
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,8 @@ class Fault:
         errors: the poll that would say DONE raises; the first half has been written.
         flips_bit: DONE, with one bit of the last descriptor's first byte flipped.
         writes_nothing: DONE, and the target is as it was.
+        cycles: polls at which it is PROC; None: as many as the network says.
+        seconds: it is PROC for that long, on the network's clock.
     """
 
     post_fails: bool = False
@@ -43,6 +45,22 @@ class Fault:
     errors: bool = False
     flips_bit: bool = False
     writes_nothing: bool = False
+    cycles: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posted:
+    """A transfer that is about to be posted, for whoever draws its fault.
+
+    Attributes:
+        reader, source: names of the two agents.
+    """
+
+    reader: str
+    source: str
+    num_bytes: int
+    num_descriptors: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +88,7 @@ class _Transfer:
     fault: Fault
     polls_left: int
     notif: bytes
+    ends_at: float
     polls: int = 0
     written: int = 0
     ended: bool = False
@@ -130,7 +149,18 @@ class FakeNixlNetwork:
         lose_notifs, double_notifs: how many of the next notifications never arrive, or arrive twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = lambda: 0.0,
+        draw: Callable[[Posted], Fault] = lambda posted: Fault(),
+    ) -> None:
+        """Args:
+        clock: seconds, for transfers that take some.
+        draw: the fault of a transfer for which none is in `faults`.
+        """
+        self._clock = clock
+        self._draw = draw
         self.faults: list[Fault] = []
         self.lose_notifs = 0
         self.double_notifs = 0
@@ -309,18 +339,31 @@ class FakeNixlAgent:
     def transfer(self, handle: XferHandle, notif_msg: bytes = b"") -> str:
         """Posts a transfer. "PROC", or "DONE" where it takes no time."""
         network = self._network
-        fault = network.faults.pop(0) if network.faults else Fault()
+        posted = Posted(
+            reader=self.name,
+            source=network._lives[handle.remote_id].name,
+            num_bytes=sum(num_bytes for _, num_bytes, _ in handle.local),
+            num_descriptors=len(handle.local),
+        )
+        fault = network.faults.pop(0) if network.faults else network._draw(posted)
+        cycles = network.cycles if fault.cycles is None else fault.cycles
         if fault.post_fails or network._lives[handle.remote_id].state in ("dead", "deleted"):
             raise FakeNixlError("NIXL_ERR_REMOTE_DISCONNECT")
         copies = [
             (here[0], there[0], here[1]) for here, there in zip(handle.local, handle.remote, strict=True)
         ]
         transfer = _Transfer(
-            self._id, handle.remote_id, copies, fault, network.cycles, notif_msg or handle.notif
+            self._id,
+            handle.remote_id,
+            copies,
+            fault,
+            cycles,
+            notif_msg or handle.notif,
+            network._clock() + fault.seconds,
         )
         handle.transfer = transfer
         network._transfers.append(transfer)
-        if network.cycles == 0:
+        if cycles == 0:
             return self.check_xfer_state(handle)
         if network._lives[handle.remote_id].state == "alive":
             transfer.write(len(copies) // 2)
@@ -337,7 +380,8 @@ class FakeNixlAgent:
         state = network._lives[transfer.source].state
         if state in ("dead", "deleted"):
             raise FakeNixlError("NIXL_ERR_REMOTE_DISCONNECT")
-        if transfer.polls <= transfer.polls_left or transfer.fault.never_ends or state == "paused":
+        waits = transfer.polls <= transfer.polls_left or network._clock() < transfer.ends_at
+        if waits or transfer.fault.never_ends or state == "paused":
             return "PROC"
         if transfer.fault.errors:
             network._transfers.remove(transfer)
