@@ -1,6 +1,6 @@
 """Where the loop hands in commands for transfers and takes their events, and the rounds in between.
 
-The loop calls `start` and `poll`; whoever carries transfers calls `round` and `end`: a thread of the server's,
+The loop calls `start` and `poll`; whoever carries transfers calls `round` and `end`: a thread of a server,
 or the simulator. The lock is an argument, since only the former needs one.
 """
 
