@@ -183,7 +183,7 @@ class EngineCore:
         self._under_way = started = self._start(plan, now)
         self._movers.start(plan.moves.commands)
         self._reporter.report(news)
-        for done in arrived.resets:
+        for done in (*arrived.resets, *arrived.looks):
             done()
         # An abort that came together with its request found nothing to end.
         for request_id in {request.request_id for request in inputs.arrivals}.intersection(inputs.aborts):

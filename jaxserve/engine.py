@@ -16,6 +16,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from jaxserve.assemble import Parts, assemble
 from jaxserve.batch import Bucket
+from jaxserve.census import PageCensus
 from jaxserve.collect import Collected, Prompt, as_list, pairs
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.loop import EngineLoop
@@ -42,7 +44,9 @@ from jaxserve.weights.smollm2 import default_cache_dir
 from kv.config import NIXL, OFFLOADING, PRODUCER, SIMPLE_CPU
 from metrics.exposition import EngineSeries, Exposition, Family, Sample
 from metrics.move_series import MoveSeries, OffloadTier, SimpleTier, move_families
+from metrics.moves import MoveStats
 from metrics.prometheus import DEFAULT_PREFIX, make_registry, render
+from metrics.records import Gauges
 from scheduler.admit import never_fits
 from scheduler.types import Request, SamplingParams
 
@@ -50,6 +54,9 @@ logger = logging.getLogger("jaxserve")
 
 LEASE_LOOK_S = 0.05
 """Between looks, while draining, at whether peers have read what they were promised."""
+
+CENSUS_S = 2.0
+"""How long a census waits for the engine: one that is stuck must show its pages too."""
 
 
 class Engine:
@@ -182,6 +189,23 @@ class Engine:
     def stats(self):
         """Everything counted so far, a frozen `metrics.engine.EngineStats`."""
         return self._loop.stats
+
+    async def page_census(self) -> PageCensus:
+        """Every page by what it is for, after a step that is decided now. Of an engine that does not answer
+        in CENSUS_S, after its last step."""
+        loop, looked = self._loop, Future[tuple[Gauges, MoveStats]]()
+        if loop.alive:
+            loop.inbox.look(lambda: looked.set_result((loop.stats.gauges, loop.move_stats)))
+            await asyncio.wait({asyncio.wrap_future(looked)}, timeout=CENSUS_S)
+        current = looked.done()
+        gauges, moves = looked.result() if current else (loop.stats.gauges, loop.move_stats)
+        return PageCensus(
+            current=current,
+            total=self._parts.scheduler.num_pages - 1,
+            live_requests=loop.inbox.num_live,
+            gauges=gauges,
+            moves=moves,
+        )
 
     # Requests.
 

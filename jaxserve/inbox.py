@@ -17,12 +17,13 @@ class Arrived:
     requests: deque[LiveRequest] = field(default_factory=deque)
     aborts: deque[str] = field(default_factory=deque)
     resets: list[Callable[[], None]] = field(default_factory=list)
+    looks: list[Callable[[], None]] = field(default_factory=list)
     reset_external: bool = False
     nudged: bool = False
     closing: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.requests or self.aborts or self.resets or self.nudged or self.closing)
+        return bool(self.requests or self.aborts or self.resets or self.looks or self.nudged or self.closing)
 
 
 class Inbox:
@@ -88,6 +89,12 @@ class Inbox:
                 raise EngineError("the engine is not running")
             self._arrived.resets.append(done)
             self._arrived.reset_external = self._arrived.reset_external or external
+            self._changed.notify_all()
+
+    def look(self, done: Callable[[], None]) -> None:
+        """Asks for a step: after it `done` is called on the loop's thread; never, if the loop has ended."""
+        with self._changed:
+            self._arrived.looks.append(done)
             self._changed.notify_all()
 
     def shut(self) -> None:

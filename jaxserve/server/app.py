@@ -54,6 +54,7 @@ def create_app(engine: EngineSurface, options: ServerOptions) -> Starlette:
             Route("/metrics", small.metrics, methods=["GET"]),
             Route("/load", small.load, methods=["GET"]),
             Route("/reset_prefix_cache", small.reset_prefix_cache, methods=["POST"]),
+            Route("/debug/pages", small.debug_pages, methods=["GET"]),
         ],
         middleware=[Middleware(Edge, options=options)],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error},

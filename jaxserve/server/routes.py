@@ -71,6 +71,10 @@ class SmallRoutes:
         external = request.query_params.get("reset_external", "false").lower() in ("true", "1")
         return json_response({"success": await self._engine.reset_prefix_cache(external=external)})
 
+    async def debug_pages(self, request: Request) -> Response:
+        """Every page of the pool by what it is for."""
+        return json_response((await self._engine.page_census()).body())
+
 
 class ThreadRoute:
     """A POST endpoint whose answer is computed from its body in a thread."""

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from jaxserve.census import PageCensus
 from jaxserve.outputs import Delta, Transfer
 from scheduler.types import Request
 
@@ -141,6 +142,10 @@ class EngineSurface(Protocol):
 
     async def reset_prefix_cache(self, *, external: bool = False) -> bool:
         """Drops every cached page that nobody uses."""
+        ...
+
+    async def page_census(self) -> PageCensus:
+        """Every page by what it is for. Answers in a bounded time, whatever the engine does."""
         ...
 
     async def drain(self, timeout_s: float) -> None:

@@ -4,11 +4,15 @@ import asyncio
 import itertools
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from jaxserve.census import PageCensus
 from jaxserve.outputs import Delta, RequestRefused, TokenLogprobs, Transfer
 from jaxserve.text import TemplateError
 from kv.moves import RemoteSource
+from metrics.moves import NIXL, SIMPLE, MoveStats, PageStates, TierSlots
+from metrics.records import Gauges
 from metrics.stats import PrefillStats
 from scheduler.types import FinishReason, Request
 
@@ -153,6 +157,22 @@ class FakeEngine:
     async def reset_prefix_cache(self, *, external: bool = False) -> bool:
         self.resets += 10 if external else 1
         return True
+
+    async def page_census(self) -> PageCensus:
+        moves = MoveStats.empty((NIXL, SIMPLE))
+        assert moves.nixl is not None and moves.simple is not None
+        return PageCensus(
+            current=self.alive,
+            total=48,
+            live_requests=len(self.running),
+            gauges=Gauges(running=1, waiting_capacity=2, waiting_deferred=3),
+            moves=replace(
+                moves,
+                pages=PageStates(free=40, idle=2, in_use=6, loading=2, storing=1, leased=2, quarantined=1),
+                nixl=replace(moves.nixl, leases=2),
+                simple=replace(moves.simple, tier=TierSlots(slots=192, used=9, pinned=4, storing=1)),
+            ),
+        )
 
     async def drain(self, timeout_s: float) -> None:
         try:

@@ -48,6 +48,30 @@ def test_small_answers(ask: Ask, engine: FakeEngine) -> None:
     assert engine.resets == 11
 
 
+def test_the_census_of_pages(ask: Ask, engine: FakeEngine) -> None:
+    assert ask("GET", "/debug/pages").json() == {
+        "current": True,
+        "total": 48,
+        "pages": {"free": 40, "idle": 2, "in_use": 6},
+        "in_moves": {"loading": 2, "storing": 1, "leased": 2, "quarantined": 1},
+        "leases": 2,
+        "requests": {"live": 0, "running": 1, "waiting": 5},
+        "host_tiers": {"SimpleCPUOffloadConnector": {"slots": 192, "used": 9, "pinned": 4, "storing": 1}},
+    }
+    engine.alive = False
+    stopped = ask("GET", "/debug/pages")
+    assert stopped.status_code == 200 and stopped.json()["current"] is False
+    assert ask("POST", "/debug/pages").status_code == 405
+
+
+@pytest.mark.parametrize("key", ["", "Bearer wrong"])
+def test_the_census_of_pages_needs_the_key(ask: Ask, key: str) -> None:
+    headers = {"Authorization": key}
+    for method in ("GET", "POST", "HEAD"):
+        assert ask(method, "/debug/pages", KEYED, headers=headers).status_code == 401
+    assert ask("GET", "/debug/pages", KEYED, headers={"Authorization": "Bearer first-key"}).status_code == 200
+
+
 def test_tokenize_and_back(ask: Ask) -> None:
     reply = ask("POST", "/tokenize", json={"prompt": "hé", "return_token_strs": True}).json()
     assert reply == {
