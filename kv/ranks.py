@@ -82,7 +82,6 @@ class Ranks:
                 case Store():
                     self._stores[command.move_id] = {}
                 case Lease():
-                    self._ended.pop(command.request_id, None)
                     self._leases[command.request_id] = {}
                 case Unlease():
                     reads = self._leases.pop(command.request_id, None)
@@ -210,6 +209,7 @@ class Ranks:
 
 def _remember(names: dict[str, _T], name: str, value: _T) -> None:
     """Enters a name and forgets the oldest beyond the bound."""
+    names.pop(name, None)
     names[name] = value
     while len(names) > NAMES_KEPT:
         del names[next(iter(names))]
