@@ -23,6 +23,7 @@ from kv.moves import (
     RemoteSource,
     Safe,
     Store,
+    Stored,
     Track,
     Unlease,
     Untrack,
