@@ -9,14 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.batch import Bucket, decode_buckets, mixed_buckets
+from jaxserve.batch import Bucket
 from jaxserve.sim.costs import (
     BucketCost,
     CostError,
-    CostTable,
-    EngineShape,
-    HttpCost,
-    Machine,
     Point,
     TransferCost,
     Work,
@@ -28,8 +24,7 @@ from jaxserve.sim.costs import (
     write_table,
 )
 from scheduler.types import Rows
-
-ROWS, TOKENS = 4, 64
+from tests.sim.tables import ROWS, TOKENS, table
 
 
 def rows_of(*rows: tuple[int, int]) -> Rows:
@@ -44,41 +39,6 @@ def rows_of(*rows: tuple[int, int]) -> Rows:
         num_outputs=nothing,
         tokens=np.zeros(int(lens.sum()), np.int32),
         page_tables=(np.zeros((len(rows), 1), np.int32),),
-    )
-
-
-def table(**changes) -> CostTable:
-    """A bucket's base is its tokens in milliseconds."""
-    buckets = decode_buckets(ROWS) + mixed_buckets(TOKENS, ROWS)
-    return CostTable(
-        **{
-            "machine": Machine(processor="one", cores=1, python="3", jax="0"),
-            "engine": EngineShape(
-                model="m",
-                dtype="float32",
-                page_size=4,
-                page_bytes=64,
-                num_pages=8,
-                max_num_seqs=ROWS,
-                max_num_batched_tokens=TOKENS,
-                max_model_len=128,
-            ),
-            "buckets": tuple(
-                BucketCost(
-                    tokens=bucket.tokens,
-                    rows=bucket.rows,
-                    base_s=bucket.tokens / 1000,
-                    by_context_s=1e-5,
-                    by_pair_s=1e-6,
-                )
-                for bucket in buckets
-            ),
-            "host_s": 0.25,
-            "host_row_s": 0.5,
-            "transfer": TransferCost(fixed_s=0.001, bytes_per_s=1e6, message_s=0.002),
-            "http": HttpCost(server_s=0.003, router_s=0.004),
-        }
-        | changes
     )
 
 
@@ -189,4 +149,4 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
         write_table(tmp_path / "nowhere" / "costs.json", table())
     twice = table().buckets
     with pytest.raises(ValueError, match="appears twice"):
-        table(buckets=(*twice, twice[0]))
+        replace(table(), buckets=(*twice, twice[0]))
