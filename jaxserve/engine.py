@@ -223,6 +223,14 @@ class Engine:
         """
         return self._door.open(params, prompt_token_ids, cache_salt)
 
+    def check_room(self) -> None:
+        """Refuses, before any work is done on it, a request that `submit` would refuse for want of room.
+
+        Raises:
+            QueueFull: too many requests wait.
+        """
+        self._loop.inbox.check_room()
+
     def submit(self, request: Request, sink: Callable[[Delta], None]) -> None:
         """Takes a request in; its deltas go to `sink` on the engine's thread.
 

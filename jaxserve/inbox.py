@@ -57,13 +57,26 @@ class Inbox:
                 raise EngineError("the engine is not running")
             if request_id in self._live:
                 raise EngineError(f"request id {request_id} is in use")
-            if self._queued >= self._max_queued:
-                self.rejections = self.rejections.add("max_num_queued_reqs")
-                raise QueueFull(f"{self._queued} requests are waiting (--max-num-queued-reqs)")
+            self._check_room()
             self._queued += 1
             self._live[request_id] = live
             self._arrived.requests.append(live)
             self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Spares a request that could only be refused the work of getting as far as `submit`.
+
+        Raises:
+            QueueFull: too many requests wait.
+        """
+        with self._changed:
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """With the lock held."""
+        if self._queued >= self._max_queued:
+            self.rejections = self.rejections.add("max_num_queued_reqs")
+            raise QueueFull(f"{self._queued} requests are waiting (--max-num-queued-reqs)")
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is. Unknown ids are ignored: it ended before."""

@@ -52,9 +52,18 @@ class GenerationRoute:
                     limit=body_limit(self._engine.max_model_len),
                     timeout_s=self._options.body_timeout_s,
                 )
+                self._check_room()
                 await unless_gone(receive, self._answer(body, scope, receive, send))
         except ClientGone:
             logger.debug("the client closed the connection")
+
+    def _check_room(self) -> None:
+        """Under overload most requests end here. What they cost is taken from those that are served, so
+        nothing is parsed, rendered or tokenized for them; the body is read, since the connection lives on."""
+        try:
+            self._engine.check_room()
+        except QueueFull as failure:
+            raise self._told(failure) from failure
 
     async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         prepared = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, body)

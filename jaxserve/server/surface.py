@@ -120,6 +120,14 @@ class EngineSurface(Protocol):
         """
         ...
 
+    def check_room(self) -> None:
+        """Says early, and cheaply, whether a request would be refused because too many wait.
+
+        Raises:
+            QueueFull: it would. The engine has counted it.
+        """
+        ...
+
     def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Deltas of all sequences of a request, interleaved, until each has finished.
 

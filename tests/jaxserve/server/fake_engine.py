@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxserve.census import PageCensus
-from jaxserve.outputs import Delta, RequestRefused, TokenLogprobs, Transfer
+from jaxserve.outputs import Delta, QueueFull, RequestRefused, TokenLogprobs, Transfer
 from jaxserve.text import TemplateError
 from kv.moves import RemoteSource
 from metrics.moves import NIXL, SIMPLE, MoveStats, PageStates, TierSlots
@@ -95,6 +95,7 @@ class FakeEngine:
     """Satisfies `EngineSurface`.
 
     Attributes:
+        full: there is no room for requests.
         failure: raised by `stream` before the first delta.
         fails_after: raise `late_failure` after this many steps.
         step_s: seconds per token; 0 yields to the loop only.
@@ -116,6 +117,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.default_sampling: Mapping[str, float | int] = {}
+        self.full = False
         self.failure: Exception | None = None
         self.fails_after: int | None = None
         self.late_failure: Exception = RuntimeError("secret detail /etc/passwd")
@@ -147,6 +149,10 @@ class FakeEngine:
         if params.get("mac") == "good":
             return Transfer(remote=REMOTE)
         raise RequestRefused("not sealed by\na peer", param="kv_transfer_params")
+
+    def check_room(self) -> None:
+        if self.full:
+            raise QueueFull("12 wait")
 
     def stalled(self, seconds: float) -> bool:
         return self.is_stalled

@@ -376,6 +376,21 @@ def test_a_failure_before_the_first_token_has_its_status(
     assert not engine.running
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_is_told_before_anything_is_done(ask: Ask, engine: FakeEngine, stream: bool) -> None:
+    """Not even for a body that nobody could read: overload must cost nothing."""
+    engine.full = True
+    for path, body in ((COMPLETIONS, PROMPT), (CHAT, SAID), (COMPLETIONS, {"model": 3}), (CHAT, {})):
+        response = ask("POST", path, json=body | {"stream": stream})
+        assert response.status_code == 429
+        assert response.json()["error"]["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.headers.get("connection") != "close", "another request can come the same way"
+    assert not engine.seen
+    engine.full = False
+    assert ask("POST", COMPLETIONS, json=PROMPT | {"stream": stream}).status_code == 200
+
+
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.ABORT])
 @pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, PROMPT), (CHAT, SAID)])
 def test_a_sequence_that_ends_badly(
