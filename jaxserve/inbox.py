@@ -44,6 +44,18 @@ class Inbox:
         with self._changed:
             return len(self._live)
 
+    @property
+    def num_queued(self) -> int:
+        """Requests that have never had a slot."""
+        with self._changed:
+            return self._queued
+
+    @property
+    def has_news(self) -> bool:
+        """`collect` would return something."""
+        with self._changed:
+            return bool(self._arrived)
+
     def submit(self, live: LiveRequest) -> None:
         """Takes a request in.
 

@@ -80,6 +80,13 @@ class Tier:
         chunk = self._chunk_of[group].get(name)
         return chunk is not None and bool(self._storing[chunk])
 
+    def ready(self) -> Iterator[tuple[int, bytes, int]]:
+        """(group, name, chunk) of every entry that a load may have, for checks."""
+        for group, chunks in enumerate(self._chunk_of):
+            for name, chunk in chunks.items():
+                if not self._storing[chunk]:
+                    yield group, name, chunk
+
     def match(
         self, names: Sequence[bytes], start: int, limit: int, windows: Sequence[int | None], page_size: int
     ) -> PageLists | None:

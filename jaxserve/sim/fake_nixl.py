@@ -205,6 +205,23 @@ class FakeNixlNetwork:
         outstanding = [transfer for transfer in self._transfers if not transfer.ended]
         return sum(self._late(transfer) for transfer in outstanding)
 
+    def targets(self) -> set[int]:
+        """Addresses that transfers under way may still write to, also those that nobody waits for."""
+        lives = self._lives
+        return {
+            target
+            for transfer in self._transfers
+            if not transfer.ended
+            and all(lives[end].state in ("alive", "paused") for end in (transfer.reader, transfer.source))
+            for target, _, _ in transfer.copies
+        }
+
+    def reads(self, source: str) -> bool:
+        """Whether a transfer from this agent's memory is under way."""
+        return any(
+            not transfer.ended and self._lives[transfer.source].name == source for transfer in self._transfers
+        )
+
     def _late(self, transfer: _Transfer) -> bool:
         alive = all(self._lives[end].state == "alive" for end in (transfer.reader, transfer.source))
         if alive:

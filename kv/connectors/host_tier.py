@@ -1,7 +1,7 @@
 """What the two connectors with a host tier have in common: lookups, pins, room for stores, and counts."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kv.config import ConnectorConfig
 from kv.connectors.base import LATER, Answer, FullPages, LeaseOrder, Offer, Query, StoreOrder
@@ -104,6 +104,13 @@ class HostTierConnector:
         self._tier.unpin(slots)
         if num_pages is not None:
             self._tier.forget(slot for group in slots for slot in group[num_pages : num_pages + 1])
+
+    def ready_pages(self) -> Iterator[tuple[int, bytes, int, int]]:
+        """(group, name, pages before the one of that name, slot) of all that a load may have, for checks."""
+        for group, name, chunk in self._tier.ready():
+            slots = self._tier.slots(chunk)
+            for back in range(self._tail[group]):
+                yield group, name, back, slots[-1 - back]
 
     def offer(self, pages: FullPages) -> Sequence[StoreOrder]:
         """Stores nothing."""

@@ -9,7 +9,7 @@ from jaxserve import Engine
 from scheduler.record import decode, decode_inputs
 from scheduler.state import initial_state
 from scheduler.step import step
-from tests.recount import Recount
+from jaxserve.sim.recount import Recount
 
 ENGINE_SEQS = 36
 

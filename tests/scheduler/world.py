@@ -14,7 +14,7 @@ from metrics.stats import PrefillStats
 from scheduler.state import check, initial_state
 from scheduler.step import step
 from scheduler.types import Inputs, Limits, Outcome, Plan, Request, SamplingParams, SchedulerConfig
-from tests.recount import Recount
+from jaxserve.sim.recount import Recount
 
 VOCAB = 97
 

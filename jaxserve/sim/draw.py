@@ -1,0 +1,139 @@
+"""A world drawn from a seed: how many engines, of which shape, with which connectors, clients and faults."""
+
+from dataclasses import replace
+from random import Random
+
+from jaxserve.sim.clients import Habits
+from jaxserve.sim.clockwork import Clockwork
+from jaxserve.sim.engine import Node
+from jaxserve.sim.faults import draw_rates
+from jaxserve.sim.hash_model import END, HEAD_DIM, HEADS, ITEM, LAYERS, HashModel
+from jaxserve.sim.world import Setup
+from kv.config import BOTH, CONSUMER, MULTI, NIXL, OFFLOADING, PRODUCER, SIMPLE_CPU, ConnectorConfig
+from scheduler.types import Limits, SchedulerConfig
+
+
+def draw(clockwork: Clockwork) -> Setup:
+    """Draws a world."""
+    chance = clockwork.chance
+    windows = chance.choice(((None,), (None,), (None, 8), (6,)))
+    model = HashModel(windows=windows, ranks=chance.choice((1, 1, 1, 2, 4)))
+    plain = model.ranks == 1 and len(windows) == 1
+    page_size = chance.choice((2, 4, 4, 8))
+    larger = plain and chance.random() < 0.25
+    max_model_len = chance.choice((48, 64, 96))
+    timing = {
+        "lease_s": chance.choice((1.0, 5.0, 30.0)),
+        "transfer_timeout_s": chance.choice((1.0, 5.0, 30.0)),
+        "failure_policy": chance.choice(("recompute", "recompute", "fail")),
+        "digest": chance.random() < 0.85,
+    }
+    tiny = chance.random() < 0.3
+    one_name = chance.random() < 0.2
+    digest_host = chance.random() < 0.7
+    prefill = tuple(f"p{number}" for number in range(chance.choice((1, 1, 2))))
+    decode = tuple(f"d{number}" for number in range(chance.choice((1, 1, 2))))
+    alone = ("a0",) if chance.random() < 0.2 else ()
+    full = False
+    nodes = []
+    for name in (*prefill, *decode, *alone):
+        role = PRODUCER if name in prefill else CONSUMER if name in decode else BOTH
+        size = 2 * page_size if larger and name in decode else page_size
+        fits = -(-max_model_len // size) * len(windows) + 2
+        num_pages = fits + chance.randint(0, 3) if tiny else fits + chance.randint(0, max(0, 63 - fits))
+        transfer, crowded = _transfer(chance, role, name in alone, num_pages, timing)
+        full = full or crowded
+        nodes.append(
+            Node(
+                name=name,
+                engine_id=f"engine-{'same' if one_name and name in prefill else name}",
+                scheduler=SchedulerConfig(
+                    windows=windows,
+                    page_size=size,
+                    num_pages=num_pages,
+                    max_num_seqs=chance.choice((2, 4, 6)),
+                    max_model_len=max_model_len,
+                    cache_key="model-a",
+                    enable_prefix_caching=chance.random() < 0.85,
+                    policy=chance.choice(("fcfs", "priority")),
+                    transfer=transfer,
+                ),
+                limits=Limits(max_num_batched_tokens=0, max_num_seqs=0),
+                ranks=model.ranks,
+                page_shape=(LAYERS, 2, HEADS, size, HEAD_DIM),
+                item_bytes=ITEM,
+                max_num_queued_reqs=chance.choice((4, 16, 64)),
+                host_digest=digest_host,
+            )
+        )
+        seqs = nodes[-1].scheduler.max_num_seqs
+        budget = chance.choice((seqs, 8, 16, 64))
+        limits = Limits(max_num_batched_tokens=max(budget, seqs), max_num_seqs=seqs)
+        nodes[-1] = replace(nodes[-1], limits=limits)
+    undigested = ("X17", "X18") if not timing["digest"] else ()
+    drift = chance.random() < 0.3
+    lasting = (*(("X6",) if one_name and len(prefill) > 1 else ()), *(("X39",) if drift else ()))
+    lasting = (*lasting, *(("X23",) if tiny else ()), *(("X24",) if full else ()))
+    return Setup(
+        model=model,
+        nodes=tuple(nodes),
+        prefill=prefill,
+        decode=decode,
+        rates=draw_rates(clockwork, chance.choice((0.1, 0.3, 0.6)), without=undigested),
+        lasting=lasting,
+        habits=_habits(chance, max_model_len),
+        num_clients=chance.choice((3, 6, 12)),
+        offsets={node.name: chance.uniform(0.0, 3600.0) for node in nodes},
+        drift={node.name: chance.uniform(0.99, 1.01) if drift else 1.0 for node in nodes},
+    )
+
+
+def _habits(chance: Random, max_model_len: int) -> Habits:
+    most = chance.choice((4, 12, 24))
+    longest = max_model_len - most - 1
+    return Habits(
+        documents=tuple(
+            tuple(chance.randrange(END - 3) for _ in range(chance.randint(1, longest))) for _ in range(3)
+        ),
+        split=chance.choice((0.4, 0.8, 1.0)),
+        think_s=chance.choice((0.005, 0.05, 0.5)),
+        max_prompt=longest,
+        max_tokens=most,
+    )
+
+
+def _transfer(
+    chance: Random, role: str, alone: bool, num_pages: int, timing: dict[str, float | str | bool]
+) -> tuple[ConnectorConfig | None, bool]:
+    """The connectors of one engine, and whether its host tier is small."""
+    crowded = chance.random() < 0.3
+    slots = chance.randint(2, 6) if crowded else chance.randint(num_pages, 3 * num_pages)
+    policy = str(timing["failure_policy"])
+    host = ConnectorConfig(
+        kind=chance.choice((OFFLOADING, SIMPLE_CPU)),
+        role=BOTH,
+        failure_policy=policy,
+        host_slots=slots,
+        eviction_policy=chance.choice(("lru", "arc")),
+        offload_prompt_only=chance.random() < 0.5,
+        lazy_offload=chance.random() < 0.5,
+    )
+    if host.kind == OFFLOADING and slots >= 4 and chance.random() < 0.3:
+        host = replace(host, pages_per_chunk=2)
+    if alone:
+        return (None, False) if chance.random() < 0.3 else (host, crowded)
+    nixl = ConnectorConfig(
+        kind=NIXL,
+        role=role,
+        failure_policy=policy,
+        lease_s=float(timing["lease_s"]),
+        transfer_timeout_s=float(timing["transfer_timeout_s"]),
+        digest=bool(timing["digest"]),
+    )
+    if chance.random() < 0.4:
+        return nixl, False
+    children = (nixl, host) if chance.random() < 0.6 else (host, nixl)
+    multi = ConnectorConfig(
+        kind=MULTI, role=role, failure_policy=policy, compose=chance.random() < 0.5, children=children
+    )
+    return multi, crowded

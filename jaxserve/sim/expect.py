@@ -1,0 +1,81 @@
+"""What a request must bring, worked out without an engine: its tokens, its text, and why it ends."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+
+from jaxserve.sim.hash_model import END, VOCAB, HashModel
+from jaxserve.text import Tokenizer
+from jaxserve.text.vocab import Vocab
+from scheduler.types import FinishReason, Request
+
+_EURO = "âĤ¬"
+"""The three bytes of one character, in the alphabet of byte-level vocabularies."""
+
+
+@cache
+def vocabulary() -> Vocab:
+    """Letters, digits, and the three bytes of one character as tokens of their own."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567"[: VOCAB - 4]
+    pieces = {piece: number for number, piece in enumerate((*letters, *_EURO))}
+    backend = Backend(models.BPE(vocab={**pieces, "<end>": END}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
+    return Vocab(
+        backend=backend,
+        bos_token_id=None,
+        eos_token_ids=(END,),
+        chat_template=None,
+        special_tokens={"eos_token": "<end>"},
+    )
+
+
+class SimTokenizer(Tokenizer):
+    """A tokenizer that can be made to fail. Attributes: failing: so many of the next calls raise."""
+
+    def __init__(self) -> None:
+        super().__init__(vocabulary())
+        self.failing = 0
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer`."""
+        if self.failing:
+            self.failing -= 1
+            raise RuntimeError("the tokenizer has failed")
+        return super().token_bytes(token_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """One sequence's output. Attributes: stop_reason: as in `Delta`."""
+
+    tokens: tuple[int, ...]
+    text: str
+    reason: FinishReason
+    stop_reason: int | str | None
+
+
+def expected(
+    model: HashModel, request: Request, index: int, *, max_model_len: int, tokenizer: Tokenizer
+) -> Expected:
+    """The output of one sequence of a request served alone."""
+    sampling, prompt = request.sampling, request.prompt_token_ids
+    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(request.eos_token_ids))
+    most = max_model_len if sampling.max_tokens is None else len(prompt) + sampling.max_tokens
+    tokens, seed = list(prompt), (sampling.seed or 0) + index
+    while True:
+        tokens.append(model.next_token(tuple(tokens), seed))
+        output = tuple(tokens[len(prompt) :])
+        if output[-1] in ends and len(output) >= sampling.min_tokens:
+            asked = output[-1] if output[-1] in sampling.stop_token_ids else None
+            text = tokenizer.decode(output[:-1])
+            return Expected(tokens=output, text=text, reason=FinishReason.STOP, stop_reason=asked)
+        text = tokenizer.decode(output)
+        hits = [(text.index(stop), stop) for stop in sampling.stop if stop in text]
+        if hits:
+            where, stop = min(hits)
+            return Expected(tokens=output, text=text[:where], reason=FinishReason.STOP, stop_reason=stop)
+        if len(tokens) >= min(most, max_model_len):
+            return Expected(tokens=output, text=text, reason=FinishReason.LENGTH, stop_reason=None)

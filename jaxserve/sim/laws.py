@@ -1,0 +1,238 @@
+"""The invariants of a simulated cluster, checked after every event. Numbers are those of docs/testing.md.
+
+None of this decides anything: it looks at the production values from outside, and counts again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.sim.device import SimDevice
+from jaxserve.sim.engine import SimEngine
+from jaxserve.sim.fake_nixl import FakeNixlNetwork
+from jaxserve.sim.hash_model import CELL_BYTES, HashModel
+from kv import prefix
+from kv.connectors.host_tier import HostTierConnector
+from kv.ledger import Kind
+from scheduler.state import check
+from scheduler.types import Inputs, Plan
+
+
+class Broken(AssertionError):
+    """An invariant does not hold. Attributes: law: its number."""
+
+    def __init__(self, law: str, message: str) -> None:
+        super().__init__(f"{law}: {message}")
+        self.law = law
+
+
+class Names:
+    """What every named page must hold: built from the requests, without an engine."""
+
+    def __init__(self, model: HashModel) -> None:
+        self._model = model
+        self._meaning: dict[tuple[int, bytes], tuple[str, tuple[int, ...]]] = {}
+        self._pages: dict[tuple[int, bytes, int, int, int], bytes] = {}
+
+    def learn(
+        self, tokens: tuple[int, ...], *, cache_key: str, salt: str, private: str, page_size: int
+    ) -> None:
+        """A request with these tokens (prompt and output) has been made.
+
+        Raises:
+            Broken: a name means two prefixes.
+        """
+        root = prefix.root(cache_key, salt, private=private)
+        names = prefix.extend(root, np.asarray(tokens, np.int32), page_size)
+        for index, name in enumerate(names):
+            meaning = (f"{cache_key}/{salt}/{private}", tokens[: (index + 1) * page_size])
+            if self._meaning.setdefault((page_size, name), meaning) != meaning:
+                raise Broken("I7", f"one name for {meaning} and {self._meaning[page_size, name]}")
+
+    def page(self, device: SimDevice, name: bytes, rank: int, group: int, back: int = 0) -> bytes | None:
+        """The bytes of the page with this name, or of one so many pages before it; None: nobody ever asked
+        for such tokens."""
+        size = device.page_size
+        key = (size, name, rank, group, back)
+        if key not in self._pages:
+            meaning = self._meaning.get((size, name))
+            if meaning is None:
+                return None
+            tokens = meaning[1][: len(meaning[1]) - back * size]
+            cells = self._model.cells(tokens)[rank * len(self._model.windows) + group]
+            self._pages[key] = device.expected_page(cells[len(cells) - size * CELL_BYTES :])
+        return self._pages[key]
+
+
+class Laws:
+    """Attributes: flipped: (epoch, leaf, rank, row) of host memory that a fault has changed."""
+
+    def __init__(self, names: Names, nixl: FakeNixlNetwork) -> None:
+        self.names = names
+        self.flipped: set[tuple[str, int, int, int]] = set()
+        self._nixl = nixl
+        self._promises: dict[str, _Promised] = {}
+        self._counters: dict[str, tuple[float, ...]] = {}
+
+    def check(self, engine: SimEngine) -> None:
+        """Everything about one engine.
+
+        Raises:
+            Broken: a law is.
+        """
+        try:
+            check(engine.core.state)  # I1, I2, I3
+        except AssertionError as error:
+            raise Broken("I1-I3", f"{engine.host}: {error}") from error
+        self._gauges(engine)
+        if isinstance(engine.device, SimDevice):
+            self._promises[engine.epoch] = self._promised(engine, engine.device)
+
+    def check_content(self, engine: SimEngine) -> None:
+        """I4, I7, I8, I9, I23: what the prefix cache and the host tiers would hand out holds what its name
+        says, byte for byte.
+
+        Raises:
+            Broken: it does not.
+        """
+        promises = self._promises.get(engine.epoch)
+        if promises is None or not isinstance(engine.device, SimDevice):
+            return
+        for pool, wanted in zip(engine.device.pools, promises.pages, strict=True):
+            wrong = (pool[promises.cached] != wanted).any(axis=1)
+            if wrong.any():
+                page = promises.cached[int(wrong.argmax())]
+                raise Broken("I7", f"{engine.host}: cached page {page} is not what its name says")
+        for index, rank, rows, wanted in promises.host:
+            wrong = (engine.hosts[index][rank].memory[rows] != wanted).any(axis=1)
+            for place in np.nonzero(wrong)[0]:
+                if (engine.epoch, index, rank, int(rows[place])) not in self.flipped:
+                    raise Broken(
+                        "I8", f"{engine.host}: host page {rows[place] + 1} is not what its name says"
+                    )
+
+    def check_transfers(self, engines: Iterable[SimEngine]) -> None:
+        """I5: a page that somebody may still write is held by a move, and by nobody else.
+
+        Raises:
+            Broken: it is not.
+        """
+        targets = self._nixl.targets()
+        if not targets:
+            return
+        for engine in engines:
+            if not isinstance(engine.device, SimDevice):
+                continue
+            state, size = engine.core.state, engine.device.page_bytes
+            held = {page for row in state.ledger if row.kind is Kind.LOAD for page in row.pages}
+            for pool in (*engine.device.pools, *engine.device.left):
+                low = pool.ctypes.data
+                for address in targets:
+                    if not low <= address < low + pool.nbytes:
+                        continue
+                    page = (address - low) // size
+                    if not any(pool is current for current in engine.device.pools):
+                        raise Broken("I5", f"{engine.host}: somebody may still write to a pool that was left")
+                    if page not in held or state.pages.refs[page] != 1:
+                        raise Broken("I5", f"{engine.host}: page {page} may be written, but is not held")
+
+    def step(self, engine: SimEngine, inputs: Inputs, plan: Plan) -> None:
+        """What one step's plan must be like.
+
+        Raises:
+            Broken: it is not.
+        """
+        rows = plan.rows
+        node = engine.node
+        if int(rows.lens.sum()) > node.limits.max_num_batched_tokens:
+            raise Broken("I21", f"{engine.host}: a step computes more tokens than its budget")
+        if len(rows) > node.limits.max_num_seqs or len(set(rows.slots.tolist())) != len(rows):
+            raise Broken("I21", f"{engine.host}: a step has too many rows, or one slot twice")
+        live = len(engine.core.state.sequences)
+        if plan.gauges.running + plan.gauges.waiting != live:
+            raise Broken("I19", f"{engine.host}: running and waiting are not what lives")
+
+    def _gauges(self, engine: SimEngine) -> None:
+        """I19: gauges say what is, and counters only grow. I21: the queue is bounded."""
+        core, host = engine.core, engine.host
+        stats, moves = core.stats, core.move_stats
+        counters = (
+            float(stats.steps.computed_prompt_tokens),
+            float(stats.steps.generation_tokens),
+            float(stats.steps.num_preemptions),
+            float(stats.prompts.total),
+            float(moves.nixl.failed_reads if moves.nixl is not None else 0),
+        )
+        before = self._counters.get(engine.epoch, counters)
+        if any(now < then for now, then in zip(counters, before, strict=True)):
+            raise Broken("I19", f"{host}: a counter went down")
+        self._counters[engine.epoch] = counters
+        if engine.plan is not None:
+            pages, total = moves.pages, engine.node.scheduler.num_pages - 1
+            if sum(count for _, count in pages.by_state()) != total:
+                raise Broken("I19", f"{host}: pages in metrics are not all pages")
+        if core.inbox.num_queued > engine.node.max_num_queued_reqs:
+            raise Broken("I21", f"{host}: more requests wait than may")
+
+    def _promised(self, engine: SimEngine, device: SimDevice) -> "_Promised":
+        """What cached pages must hold until the engine's next turn.
+
+        Raises:
+            Broken: a page is cached under a name that nobody's tokens have.
+        """
+        cached = engine.core.state.prefix.items()
+        pages = [
+            self._rows(engine, device, [(name, rank, group, 0) for _, group, name in cached])
+            for rank in range(len(device.pools))
+        ]
+        host = []
+        for index, leaf in enumerate(engine.core.state.leaves):
+            if isinstance(leaf, HostTierConnector):
+                ready = list(leaf.ready_pages())
+                rows = np.array([slot - 1 for _, _, _, slot in ready], np.int64)
+                for rank in range(len(engine.hosts[index])):
+                    wanted = [(name, rank, group, back) for group, name, back, _ in ready]
+                    host.append((index, rank, rows, self._rows(engine, device, wanted)))
+        numbers = np.array([page for page, _, _ in cached], np.int64)
+        return _Promised(cached=numbers, pages=tuple(pages), host=tuple(host))
+
+    def _rows(
+        self, engine: SimEngine, device: SimDevice, wanted: list[tuple[bytes, int, int, int]]
+    ) -> np.ndarray:
+        rows = []
+        for name, rank, group, back in wanted:
+            row = self.names.page(device, name, rank, group, back)
+            if row is None:
+                raise Broken("I7", f"{engine.host}: a page is cached under a name that nobody's tokens have")
+            rows.append(row)
+        return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), device.page_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Promised:
+    """Attributes: cached: pages; pages: per rank, their bytes; host: (leaf, rank, rows, their bytes)."""
+
+    cached: np.ndarray
+    pages: tuple[np.ndarray, ...]
+    host: tuple[tuple[int, int, np.ndarray, np.ndarray], ...]
+
+
+def no_leak(engine: SimEngine) -> None:
+    """I2: with no request, lease or transfer left, every page is free or idle.
+
+    Raises:
+        Broken: one is not.
+    """
+    state = engine.core.state
+    if state.sequences or len(state.ledger) or state.loading or state.fetched or state.remotes:
+        left = [row.kind.value for row in state.ledger]
+        raise Broken("I2", f"{engine.host}: {len(state.sequences)} sequences and moves {left} are left")
+    if state.pages.in_use:
+        raise Broken("I2", f"{engine.host}: {state.pages.in_use} pages are still in use")
+    if engine.core.inbox.num_live or engine.core.inbox.num_queued:
+        raise Broken("I12", f"{engine.host}: requests live on outside the scheduler")
+    for leaf in state.leaves:
+        for _, _, pinned, storing, _ in leaf.tiers():
+            if pinned or storing:
+                raise Broken("I2", f"{engine.host}: host pages stay pinned")
