@@ -238,7 +238,7 @@ class EngineCore:
             live = self.inbox.live(entry.request_id)
             if live is None:
                 raise RuntimeError(f"request {entry.request_id} was admitted but does not live")
-            sequence = live.sequence(entry.index)
+            sequence = self._sequence(live, entry.index)
             self._owners[entry.slot] = (live, sequence)
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = max(now, live.queued_s)
@@ -249,6 +249,15 @@ class EngineCore:
         spans = self._spans(plan)
         owners = tuple(self._owners[span.slot][0] for span in spans)
         return UnderWay(plan=plan, pending=self._device.start(plan, setups, spans), span_owners=owners)
+
+    def _sequence(self, live: LiveRequest, index: int) -> LiveSequence:
+        """The sequence that got a slot; a failure ends its request, nobody else's."""
+        try:
+            return live.sequence(index)
+        except Exception:
+            logger.exception("request %s failed on the host; it is aborted", live.request.request_id)
+            self.inbox.abort(live.request.request_id)
+            return live.textless(index)
 
     def _spans(self, plan: Plan) -> list[PromptSpan]:
         """Rows whose prompt positions want log-probabilities."""
@@ -311,6 +320,7 @@ class EngineCore:
             return sequence.read(token)
         except Exception:
             logger.exception("request %s failed on the host; it is aborted", live.request.request_id)
+            live.failed = True
             self.inbox.abort(live.request.request_id)
             return None
 

@@ -123,6 +123,10 @@ class Reporter:
         now: float,
     ) -> None:
         """One accepted token's delta; with the sequence's end where it has ended."""
+        if live.failed:
+            if ended is not None:
+                self._send_end(live, ended, now)
+            return
         token = int(sampled.tokens[row])
         wanted = live.request.sampling.logprobs
         logprobs = None if wanted is None else (token_logprobs(sampled, row, token, wanted),)
@@ -153,16 +157,18 @@ class Reporter:
         """A sequence's text could not be made: its request ends, nobody else's."""
         request_id = live.request.request_id
         logger.exception("request %s failed on the host; it is aborted", request_id)
-        if ended is None:
+        live.failed = True
+        if ended is None or live.left > 1:
             self._abort(request_id)
-            return
-        self._deliver(live, live.delta(index, ended=error_end(request_id, index, "the request failed")))
-        self._close(live, ended, now)
+        if ended is not None:
+            self._send_end(live, ended, now)
 
     def _send_end(self, live: LiveRequest, ended: Finished, now: float) -> None:
         """The end of a sequence without a new token: an abort, an error."""
         sequence = live.sequences.get(ended.index)
-        text = "" if sequence is None else sequence.take_text(final=True)
+        if live.failed:
+            ended = error_end(ended.request_id, ended.index, "the request failed")
+        text = "" if sequence is None or live.failed else sequence.take_text(final=True)
         self._deliver(live, live.delta(ended.index, text=text, ended=ended))
         self._close(live, ended, now)
         if ended.index == 0 and live.prefill is None:  # its forks were never made, but are waited for

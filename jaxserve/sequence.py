@@ -1,6 +1,6 @@
 """A request while it lives in the engine: its sequences' text, and when things happened to it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ Sink = Callable[[Delta], None]
 class LiveSequence:
     """One sequence's tokens and text. Owned by the engine's thread."""
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, prompt: Iterable[int]) -> None:
+        """Args: prompt: its tokens, or as many of the last as its text needs to begin with."""
         sampling = request.sampling
         self.index = index
         self.output: list[int] = []
@@ -31,7 +32,7 @@ class LiveSequence:
             frozenset() if sampling.ignore_eos else frozenset(request.eos_token_ids)
         )
         self._detokenizer = Detokenizer(
-            tokenizer, prompt=request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+            tokenizer, prompt=tuple(prompt), skip_special_tokens=sampling.skip_special_tokens
         )
         self._stops = (
             StopStrings(sampling.stop, include=sampling.include_stop_str_in_output) if sampling.stop else None
@@ -80,6 +81,7 @@ class LiveRequest:
         arrival_s, queued_s: monotonic seconds.
         left: sequences that have not ended.
         prompt_logprobs: one per prompt position, filled as chunks are computed.
+        failed: its text could not be made; nothing more of it is told but its end.
     """
 
     request: Request
@@ -94,12 +96,19 @@ class LiveRequest:
     longest: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     admitted: bool = False
+    failed: bool = False
 
     def sequence(self, index: int) -> LiveSequence:
         """The sequence, made on first use."""
         if index not in self.sequences:
-            self.sequences[index] = LiveSequence(self.request, index, self.tokenizer)
+            prompt = self.request.prompt_token_ids
+            self.sequences[index] = LiveSequence(self.request, index, self.tokenizer, prompt)
         return self.sequences[index]
+
+    def textless(self, index: int) -> LiveSequence:
+        """The sequence of a request that has failed: it goes on until it is aborted, but has no text."""
+        self.failed = True
+        return self.sequences.setdefault(index, LiveSequence(self.request, index, self.tokenizer, ()))
 
     def delta(
         self,

@@ -148,8 +148,10 @@ class Leases:
         if hello.protocol != PROTOCOL:
             reason = f"we speak protocol {PROTOCOL}, you {hello.protocol}"
             return Refused(code="protocol", reason=reason)
-        if facts.role == CONSUMER or agent is None:
+        if facts.role == CONSUMER:
             return Refused(code="compat", reason=f"engine {facts.engine_id} is a consumer: it lends no pages")
+        if agent is None:
+            return Refused(code="lease", reason=f"engine {facts.engine_id} can lend no pages for now")
         if hello.compat != facts.compat:
             reason = f"other model, KV dtype or version: compatibility {hello.compat} here {facts.compat}"
             return Refused(code="compat", reason=reason)

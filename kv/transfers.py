@@ -14,12 +14,14 @@ from kv.channel import Channel, ChannelError
 from kv.config import CONSUMER, PRODUCER, ConnectorConfig
 from kv.driver import PageCopies, Region
 from kv.moves import Command, Event, Lease, Load, Loaded, RemoteSource, Store, Stored, Track, Unlease, Untrack
-from kv.transfer_agent import MakeAgent, PoolAgent
+from kv.transfer_agent import AgentError, MakeAgent, PoolAgent
 from kv.transfer_leases import Leases
 from kv.transfer_peer import Parts, Peer
 from kv.transfer_plan import EngineFacts, memory
 from kv.wire import Message
 
+AGENTS_AGAIN_S = 1.0
+"""Between attempts to make the agents that NIXL has refused."""
 QUARANTINE_SHARE = 0.05
 QUARANTINE_S = 600.0
 """Pages in quarantine, as a share of the pool, and for how long: beyond either, the agent of the peer that
@@ -76,6 +78,7 @@ class Transfers:
         self._serving: PoolAgent | None = None
         self._spare: PoolAgent | None = None
         self._ignored = 0
+        self._agents_due: float | None = None
         self.recycled = 0
         self._make_agents()
 
@@ -113,6 +116,8 @@ class Transfers:
 
     def poll(self, now: float) -> list[Event]:
         """Answers peers, moves everything on, and returns what has happened."""
+        if self._agents_due is not None and now >= self._agents_due:
+            self._make_agents_again(now)
         if self._heard is None:
             self.hear()
         heard, self._heard = self._heard or [], None
@@ -138,7 +143,7 @@ class Transfers:
     def next_wake(self, now: float) -> float | None:
         """When to poll again though nothing comes; 0: soon, a transfer is under way. None: never."""
         times = [peer.next_wake(now) for peer in self._peers.values()]
-        times.append(self._leases.next_wake(now))
+        times += [self._leases.next_wake(now), self._agents_due]
         if self._events:
             times.append(0.0)
         return min((time for time in times if time is not None), default=None)
@@ -149,7 +154,7 @@ class Transfers:
         self._regions = tuple(regions)
         self._peers.clear()
         self._copies.pool_moved(regions)
-        self._make_agents()
+        self._agents_due = 0.0
 
     def close(self) -> None:
         """Ends everything. Nobody touches the pool after this."""
@@ -179,10 +184,19 @@ class Transfers:
 
     def _make_agents(self) -> None:
         """What the role needs from the start: making an agent takes half a second."""
-        if self._config.role != CONSUMER:
+        if self._config.role != CONSUMER and self._serving is None:
             self._serving = self._agent("serve")
-        if self._config.role != PRODUCER:
+        if self._config.role != PRODUCER and self._spare is None:
             self._spare = self._agent("read")
+
+    def _make_agents_again(self, now: float) -> None:
+        """After the pool has moved. What NIXL cannot do now it may be able to do later; until then peers are
+        refused, and loads fail."""
+        try:
+            self._make_agents()
+            self._agents_due = None
+        except AgentError:
+            self._agents_due = now + AGENTS_AGAIN_S
 
     def _agent(self, purpose: str) -> PoolAgent:
         self._agents_made += 1
