@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import jax.stages
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve.batch import Bucket, choose, decode_buckets, mixed_buckets, pack, packed_size
 from jaxserve.forward import Geometry, Programs
+from jaxserve.model.sharding import copied, lay_out, pool_sharding
 from jaxserve.sample import Sampled, SlotState, init_slots, pack_slot, unpack_sampled
 from jaxserve.weights.load import Loaded
 from kv import pool
@@ -90,7 +92,7 @@ class Executed:
 
 
 class Device:
-    """One model on this process's devices.
+    """One model on this process's devices: one of them, or a mesh over which pages are split by KV heads.
 
     Attributes:
         pool_moves: steps after which the page buffer had another address.
@@ -107,8 +109,15 @@ class Device:
         max_num_batched_tokens: int,
         max_model_len: int,
         backend: str,
+        mesh: Mesh | None = None,
     ) -> None:
-        self._weights = loaded.state
+        """Args: mesh: devices of this process along one axis, "tensor"; None: the first local device.
+
+        Raises:
+            ValueError: the mesh is another, or does not divide the KV heads.
+        """
+        self._weights = loaded.state if mesh is None else lay_out(loaded.state, mesh)
+        self._mesh, self._rest = mesh, copied(mesh)
         self._spec, self._num_pages = spec, num_pages
         self._vocab, self._num_slots = loaded.config.vocab_size, max_num_seqs
         self._max_pages = -(-max_model_len // spec.page_size)
@@ -118,12 +127,13 @@ class Device:
             max_pages=self._max_pages,
             kv_dtype=spec.dtype,
             backend="pallas" if backend == "pallas" else "xla",
+            mesh=mesh,
         )
         self._programs = Programs(loaded.graphdef, self._geometry)
         self.buckets = decode_buckets(max_num_seqs) + mixed_buckets(max_num_batched_tokens, max_num_seqs)
         self._pages, self._slots = self._allocate()
         self.pool_moves = 0
-        self._known_address: int | None = pool.pointer(self._pages)
+        self._known_address: tuple[int, ...] | None = self._address()
         self.lock = threading.Lock()
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
 
@@ -139,7 +149,11 @@ class Device:
         with compiling_threads(min(len(self.buckets), os.cpu_count() or 1)) as pool_of_threads:
             jobs = {}
             for bucket in self.buckets:
-                packed = jax.ShapeDtypeStruct((packed_size(bucket, self._max_pages),), jnp.int32)
+                packed = jax.ShapeDtypeStruct(
+                    (packed_size(bucket, self._max_pages),),
+                    jnp.int32,
+                    sharding=None if self._mesh is None else self._rest,
+                )
                 lowered = self._programs.step.lower(
                     self._weights, self._pages, self._slots, packed, bucket=bucket
                 )
@@ -159,7 +173,7 @@ class Device:
         width, dtype = self._geometry.config.hidden_size, jax.tree.leaves(self._weights)[0].dtype
         nothing = PromptSpan(slot=self._num_slots, first_token=0, start=0, targets=np.zeros(1, np.int32))
         for tokens in sorted({bucket.tokens for bucket in self.buckets}):
-            hidden = jax.device_put(jnp.zeros((tokens, width), dtype), jax.local_devices()[0])
+            hidden = jax.device_put(jnp.zeros((tokens, width), dtype), self._rest)
             jax.block_until_ready(self._span_chunks(hidden, nothing))
 
     def set_slot(self, setup: SlotSetup) -> None:
@@ -223,8 +237,8 @@ class Device:
         return pool.regions(self._pages, self._spec.page_bytes)
 
     def pool_changed(self) -> bool:
-        """Whether the buffer lies elsewhere, or was made anew, since the last call."""
-        address = pool.pointer(self._pages)
+        """Whether any shard of the buffer lies elsewhere, or was made anew, since the last call."""
+        address = self._address()
         changed, self._known_address = address != self._known_address, address
         return changed
 
@@ -232,17 +246,17 @@ class Device:
         self, bucket: Bucket, packed: np.ndarray, spans: Sequence[PromptSpan]
     ) -> tuple[jax.Array, list[tuple[PromptSpan, tuple[jax.Array, ...]]]]:
         programs = self._programs
-        uploaded = jnp.asarray(packed)
+        uploaded = jnp.asarray(packed) if self._mesh is None else jax.device_put(packed, self._rest)
         compiled = self._compiled.get(bucket)
         with self.lock:
-            pages, address = self._pages, pool.pointer(self._pages)
+            pages, address = self._pages, self._address()
             self._pages, self._slots, sampled, hidden = (
                 programs.step(self._weights, pages, self._slots, uploaded, bucket=bucket)
                 if compiled is None
                 else compiled(self._weights, pages, self._slots, uploaded)
             )
         chunks = [(span, tuple(self._span_chunks(hidden, span))) for span in spans]
-        if pool.pointer(self._pages) != address:
+        if self._address() != address:
             self.pool_moves += 1
         return sampled, chunks
 
@@ -264,9 +278,15 @@ class Device:
 
     def _allocate(self) -> tuple[jax.Array, SlotState]:
         """Pages and slot state, bound to the device: unbound arrays would compile each program twice."""
-        device = jax.local_devices()[0]
-        slots = jax.device_put(init_slots(self._num_slots, self._vocab), device)
-        return jax.device_put(pool.create(self._spec, self._num_pages), device), slots
+        slots = jax.device_put(init_slots(self._num_slots, self._vocab), self._rest)
+        if self._mesh is None:
+            return jax.device_put(pool.create(self._spec, self._num_pages), self._rest), slots
+        sharding = pool_sharding(self._mesh, self._geometry.config.num_kv_heads)
+        return pool.create(self._spec, self._num_pages, sharding), slots
+
+    def _address(self) -> tuple[int, ...]:
+        """Of every shard of the page buffer."""
+        return (pool.pointer(self._pages),) if self._mesh is None else pool.pointers(self._pages)
 
 
 @contextlib.contextmanager

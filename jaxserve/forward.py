@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve import sample as sampling
 from jaxserve.batch import Batch, Bucket, unpack
 from jaxserve.model.config import ModelConfig
+from jaxserve.model.sharding import copied, pool_sharding, split_heads
 from jaxserve.sample import SlotState
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import Backend, ragged_paged_attention
@@ -31,6 +33,7 @@ class Geometry:
         max_pages: M, columns of the page table.
         kv_dtype: how the pages' bits are read.
         backend: of paged attention.
+        mesh: over which pages are split by KV heads, and weights with them; None: one device.
     """
 
     config: ModelConfig
@@ -38,6 +41,7 @@ class Geometry:
     max_pages: int
     kv_dtype: str
     backend: Backend
+    mesh: Mesh | None = None
 
 
 def attend_pages(batch: Batch, geometry: Geometry) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -67,21 +71,61 @@ def attend_pages(batch: Batch, geometry: Geometry) -> Callable[..., tuple[jax.Ar
     return attend
 
 
+def attend_shards(batch: Batch, geometry: Geometry, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The same over a mesh: every device does the work of its own heads, with the code that one device runs
+    for all of them. So no page crosses over, whatever a partitioner would make of gathers and loops."""
+    heads, pool = split_heads(1), split_heads(3)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        def shard(
+            batch: Batch, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            return attend_pages(batch, geometry)(q, k, v, pages, layer)
+
+        split = jax.shard_map(
+            shard,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), heads, heads, heads, pool),
+            out_specs=(heads, pool),
+            check_vma=False,  # the loops' first values are the same on every device, the next ones are not
+        )
+        return split(batch, q, k, v, pages)
+
+    return attend
+
+
 class Programs:
     """The compiled functions of one model. Each bucket compiles once.
 
-    Pages and slot state are donated: what was passed in is gone; what comes back has the same address.
+    Pages and slot state are donated: what was passed in is gone; what comes back has the same address. Over
+    a mesh pages stay split by KV heads, and everything else that comes out is copied to every device.
     """
 
     def __init__(self, graphdef: nnx.GraphDef[Any], geometry: Geometry) -> None:
         self._graphdef = graphdef
         self._geometry = geometry
-        self.step = jax.jit(self._step, static_argnames="bucket", donate_argnums=(1, 2))
-        self.forward = jax.jit(self._forward, static_argnames="bucket", donate_argnums=1)
-        self.sample = jax.jit(self._sample, static_argnames="bucket", donate_argnums=2)
-        self.span = jax.jit(_span, static_argnames="count")
-        self.prompt_logprobs = jax.jit(self._prompt_logprobs)
-        self.set_slot = jax.jit(sampling.set_slot, donate_argnums=0)
+        pages = rest = None
+        if geometry.mesh is not None:
+            pages = pool_sharding(geometry.mesh, geometry.config.num_kv_heads)
+            rest = copied(geometry.mesh)
+        self.step = jax.jit(
+            self._step,
+            static_argnames="bucket",
+            donate_argnums=(1, 2),
+            out_shardings=None if rest is None else (pages, rest, rest, rest),
+        )
+        self.forward = jax.jit(
+            self._forward,
+            static_argnames="bucket",
+            donate_argnums=1,
+            out_shardings=None if rest is None else (pages, rest),
+        )
+        self.sample = jax.jit(self._sample, static_argnames="bucket", donate_argnums=2, out_shardings=rest)
+        self.span = jax.jit(_span, static_argnames="count", out_shardings=rest)
+        self.prompt_logprobs = jax.jit(self._prompt_logprobs, out_shardings=rest)
+        self.set_slot = jax.jit(sampling.set_slot, donate_argnums=0, out_shardings=rest)
 
     def _unpack(self, packed: jax.Array, bucket: Bucket) -> Batch:
         geometry = self._geometry
@@ -92,10 +136,13 @@ class Programs:
     ) -> tuple[jax.Array, jax.Array]:
         """(pages, hidden `[T, E]`). Donates pages."""
         batch = self._unpack(packed, bucket)
-        model = nnx.merge(self._graphdef, weights)
-        hidden, pages = model.hidden(
-            batch.tokens, batch.positions, pages, attend_pages(batch, self._geometry)
+        model, geometry = nnx.merge(self._graphdef, weights), self._geometry
+        attend = (
+            attend_pages(batch, geometry)
+            if geometry.mesh is None
+            else attend_shards(batch, geometry, geometry.mesh)
         )
+        hidden, pages = model.hidden(batch.tokens, batch.positions, pages, attend)
         return pages, hidden
 
     def _sample(
@@ -104,7 +151,7 @@ class Programs:
         """(slots, int32 `[S, 4 + 2 * MAX_LOGPROBS]`): see `sample.pack_sampled`. Donates slots."""
         batch = self._unpack(packed, bucket)
         model = nnx.merge(self._graphdef, weights)
-        logits = model.logits(hidden[batch.last_tokens])
+        logits = self._whole(model.logits(hidden[batch.last_tokens]))
         sampled, slots = sampling.sample(logits, slots, batch.slots, batch.num_outputs, batch.samples)
         return slots, sampling.pack_sampled(sampled)
 
@@ -122,7 +169,13 @@ class Programs:
         Returns:
             int32 `[N, 4 + 2 * MAX_LOGPROBS]`: see `sample.pack_sampled`.
         """
-        return sampling.prompt_logprobs(nnx.merge(self._graphdef, weights).logits(hidden), targets)
+        logits = self._whole(nnx.merge(self._graphdef, weights).logits(hidden))
+        return sampling.prompt_logprobs(logits, targets)
+
+    def _whole(self, logits: jax.Array) -> jax.Array:
+        """Logits with the whole vocabulary on every device, which samples as one device does."""
+        mesh = self._geometry.mesh
+        return logits if mesh is None else jax.lax.with_sharding_constraint(logits, copied(mesh))
 
 
 def _span(hidden: jax.Array, start: jax.Array, *, count: int) -> jax.Array:

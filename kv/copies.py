@@ -13,6 +13,7 @@ from itertools import accumulate
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from kv.driver import Region
 from kv.types import DUMMY_PAGE
@@ -112,7 +113,8 @@ class ProgramCopies:
             with self._lock:
                 pool = self._get()
                 bits = padded.view(np.dtype(f"u{pool.dtype.itemsize}"))
-                self._put(scatter(pool, indices, bits, ranks=self._ranks))
+                sharding = pool.sharding if self._ranks > 1 else None
+                self._put(scatter(pool, indices, bits, ranks=self._ranks, sharding=sharding))
 
     def _calls(self, pages: Sequence[int], rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """Cuts pages into calls of a power of two; the dummy page fills up the last one.
@@ -140,15 +142,22 @@ def gather(pool: jax.Array, indices: jax.Array | np.ndarray, *, ranks: int) -> j
     return jnp.moveaxis(parts, 3, 1)
 
 
-@partial(jax.jit, static_argnames="ranks", donate_argnames="pool")
+@partial(jax.jit, static_argnames=("ranks", "sharding"), donate_argnames="pool")
 def scatter(
-    pool: jax.Array, indices: jax.Array | np.ndarray, bits: jax.Array | np.ndarray, *, ranks: int
+    pool: jax.Array,
+    indices: jax.Array | np.ndarray,
+    bits: jax.Array | np.ndarray,
+    *,
+    ranks: int,
+    sharding: Sharding | None = None,
 ) -> jax.Array:
-    """The pool with rows put into pages, in place. Args: bits: `[n, elements]`, the pool's unsigned type."""
+    """The pool with rows put into pages, in place. Args: bits: `[n, elements]`, the pool's unsigned type.
+    sharding: the pool's, which it keeps; None: it is not sharded."""
     _, layers, two, heads, slots, head_dim = pool.shape
     parts = bits.reshape(len(bits), ranks, layers, two, heads // ranks, slots, head_dim)
     rows = jnp.moveaxis(parts, 1, 3).reshape(len(bits), *pool.shape[1:])
-    return pool.at[indices].set(rows, mode="promise_in_bounds")
+    pool = pool.at[indices].set(rows, mode="promise_in_bounds")
+    return pool if sharding is None else jax.lax.with_sharding_constraint(pool, sharding)
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -4,6 +4,7 @@ import ctypes
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from kv.driver import Region
 from kv.types import ITEM_BYTES, KvSpec
@@ -11,18 +12,28 @@ from kv.types import ITEM_BYTES, KvSpec
 BITS = {2: jnp.uint16, 4: jnp.uint32}
 
 
-def create(spec: KvSpec, num_pages: int) -> jax.Array:
+def create(spec: KvSpec, num_pages: int, sharding: Sharding | None = None) -> jax.Array:
     """Allocates the pool, zeroed: raw bits `[num_pages, layers, 2, kv_heads, page_size, head_dim]`.
+
+    Args:
+        sharding: over which devices, and how; None: the default one.
 
     Pages are stored as unsigned integers of the KV dtype's width and bitcast where they are used: a bfloat16
     scatter converts the whole pool on jaxlib 0.10's CPU, and raw bits export through DLPack in every dtype.
     """
-    return jnp.zeros((num_pages, *spec.page_shape), BITS[ITEM_BYTES[spec.dtype]])
+    return jnp.zeros((num_pages, *spec.page_shape), BITS[ITEM_BYTES[spec.dtype]], device=sharding)
 
 
 def pointer(pages: jax.Array) -> int:
-    """Address of the pool's first byte. Does not wait for a pending step and leaves no view behind."""
+    """Address of the first byte of a pool that is not sharded. Does not wait for a pending step and leaves no
+    view behind."""
     return pages.unsafe_buffer_pointer()
+
+
+def pointers(pages: jax.Array) -> tuple[int, ...]:
+    """Addresses of the first bytes of all shards, in the order of `regions`. Does not wait for a pending step
+    and leaves no view behind."""
+    return tuple(pointer(shard) for shard in _shards(pages))
 
 
 class ExportError(RuntimeError):
@@ -30,7 +41,7 @@ class ExportError(RuntimeError):
 
 
 def regions(pages: jax.Array, page_bytes: int) -> tuple[Region, ...]:
-    """Where the pool lies, one region per shard in the order of the devices. Waits for a pending step.
+    """Where the pool lies, one region per shard in the order of what they hold. Waits for a pending step.
 
     The address comes from a DLPack capsule that is gone on return: a view that stays would turn the next
     donation into a copy, at another address.
@@ -40,13 +51,24 @@ def regions(pages: jax.Array, page_bytes: int) -> tuple[Region, ...]:
         page_bytes: of one page over all shards.
 
     Raises:
-        ExportError: a shard is not contiguous, not of whole pages, or not where JAX says.
+        ExportError: a shard is not contiguous, not of whole pages, or not where JAX says; or all hold
+            the same, so that what is written into one would be missing in the others.
     """
     num_pages = pages.shape[0]
     if pages.nbytes != num_pages * page_bytes:
         raise ExportError(f"{num_pages} pages of {page_bytes} bytes are not {pages.nbytes} bytes")
-    shards = sorted(pages.addressable_shards, key=lambda shard: shard.device.id)
-    return tuple(_region(shard.data, num_pages) for shard in shards)
+    shards = _shards(pages)
+    if len(shards) > 1 and pages.is_fully_replicated:
+        raise ExportError(f"each of {len(shards)} shards holds the whole pool")
+    return tuple(_region(shard, num_pages) for shard in shards)
+
+
+def _shards(pages: jax.Array) -> list[jax.Array]:
+    """The shards by their place in the pool: whatever the devices' numbers, the first KV heads come first."""
+    shards = list(pages.addressable_shards)
+    if len(shards) > 1:
+        shards.sort(key=lambda shard: [part.start or 0 for part in shard.index])
+    return [data for shard in shards if (data := shard.data) is not None]
 
 
 def _region(shard: jax.Array, num_pages: int) -> Region:
