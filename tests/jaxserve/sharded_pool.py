@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.device import Device, Pending, SlotSetup
+from jaxserve.device import Device, Pending, PromptSpan, SlotSetup, join
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.sharding import AXIS, pool_sharding
 from jaxserve.model.transformer import random_model
@@ -247,6 +247,14 @@ def program(device: Device) -> dict[str, int]:
     }
 
 
+def prompt_logprobs(device: Device) -> list[float]:
+    """Of three tokens behind hidden states that are the same on every call."""
+    hidden = np.random.default_rng(5).standard_normal((8, CONFIG.hidden_size), np.float32)
+    span = PromptSpan(slot=0, first_token=2, start=2, targets=np.array([5, 90, 114], np.int32))
+    chunks = device._span_chunks(jax.device_put(hidden, device._rest), span)
+    return join(span, chunks).logprobs.tolist()
+
+
 def lost(device: Device) -> dict[str, bool]:
     """A step has failed: the pool is made anew."""
     sharding = device.pages.sharding
@@ -283,6 +291,7 @@ def main() -> None:
         "rows": rows_of_both(four),
         "out and in": serve(four, out_and_in).tokens,
         "poisoned": [[serve(one, poison(n)).tokens, serve(four, poison(n)).tokens] for n in range(SHARDS)],
+        "prompt logprobs": [prompt_logprobs(one), prompt_logprobs(four)],
         "lost": lost(four) | {"works": serve(four).tokens == alone.tokens},
     }
     copied = NamedSharding(mesh, PartitionSpec())

@@ -38,6 +38,11 @@ def test_four_devices_give_the_tokens_of_one(seen: dict[str, Any]) -> None:
     assert all(seen["world"].values()), "chunks beside decodes, pages used again, prefixes found"
 
 
+def test_the_log_probabilities_of_prompts_are_those_of_one(seen: dict[str, Any]) -> None:
+    alone, sharded = seen["prompt logprobs"]
+    assert len(alone) == 3 and sharded == pytest.approx(alone, abs=1e-5)
+
+
 def test_every_shard_is_a_region_that_stays_where_it_is(seen: dict[str, Any]) -> None:
     (regions,) = seen["regions"]
     assert len({address for address, _ in regions}) == SHARDS
