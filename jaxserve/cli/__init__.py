@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve | router | generate | chat | bench | replay | convert | pull | ...`.
+"""The command line: `jaxserve serve | router | generate | chat | bench | replay | simulate | convert | ...`.
 
 Flags have vLLM's names wherever the meaning is the same. Environment variables are read here, and by a
 library `Engine` for the place of the cache; nowhere else.
@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "jaxserve.cli.talk:add_parsers",
     "bench": "jaxserve.cli.bench:add_parser",
     "replay": "jaxserve.cli.replay:add_parser",
+    "simulate": "jaxserve.cli.simulate:add_parser",
     "convert": "jaxserve.cli.models:add_parsers",
     "pull": "jaxserve.cli.models:add_parsers",
     "collect-env": "jaxserve.cli.environment:add_parser",

@@ -24,6 +24,9 @@ from scheduler.types import Rows
 
 FORMAT = "jaxserve-step-costs-1"
 
+LATENESS_S = 0.0005
+"""Between the wake-up of a thread and its work. Not measured: a transfer's messages are, with it."""
+
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=0)]

@@ -1,0 +1,205 @@
+"""What HTTP, a router and transfers cost, measured at a running pair of prefill and decode servers.
+
+Requests go one at a time through the router and to the servers. A client sees the whole; the servers' metrics
+say how much of it was the engines'. What is left are HTTP and the router; and what the decode engine takes
+until its first token, beyond the one step that it computes, are the transfer and its messages.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import httpx
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from jaxserve.bench.datasets import random_prompts
+from jaxserve.sim.costs import LATENESS_S, CostTable, HttpCost, TransferCost, fit, step_clock
+from scheduler.types import Rows
+
+LENGTHS = (32, 256, 512, 1024)
+"""Tokens of the prompts whose pages are moved."""
+
+ROUNDS = 8
+MESSAGES = 4
+"""Of the protocol behind a handshake, one way: question and answer before the read, and after it."""
+
+WAKES = 8
+"""Of threads on the way of a load, which a simulation has too."""
+
+NO_SLOWER_THAN = 1e12
+"""Bytes per second, where the measured times do not grow with the bytes."""
+
+
+class PairError(RuntimeError):
+    """The servers are no pair that can be measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """URLs, without a slash at the end."""
+
+    router: str
+    prefill: str
+    decode: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One request through the pair, in seconds.
+
+    Attributes:
+        client_s: to the first token, at the client.
+        prefill_s: at the prefill engine, from its arrival to its end.
+        decode_s: at the decode engine, to the first token.
+        read_s: of that, NIXL's own.
+    """
+
+    prompt_tokens: int
+    client_s: float
+    prefill_s: float
+    decode_s: float
+    read_s: float
+
+
+def measure_pair(
+    pair: Pair,
+    table: CostTable,
+    *,
+    transport: httpx.BaseTransport | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostTable:
+    """The table with the costs of HTTP, router and transfers.
+
+    Args:
+        transport: None: the network.
+
+    Raises:
+        PairError: a server cannot be reached, or is none of a pair.
+    """
+    lengths = [tokens for tokens in LENGTHS if tokens < table.engine.max_model_len]
+    try:
+        with httpx.Client(timeout=600, trust_env=False, transport=transport) as client:
+            model = client.get(f"{pair.prefill}/v1/models").raise_for_status().json()["data"][0]["id"]
+            through = [
+                _through(client, pair, model, tokens, seed, clock)
+                for seed in range(ROUNDS + 1)
+                for tokens in lengths
+            ][len(lengths) :]  # the first round connects the two
+            alone = [_alone(client, pair.prefill, model, seed, clock) for seed in range(ROUNDS + 1)][1:]
+    except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+        raise PairError(f"the pair could not be measured: {error}") from error
+    return costs_of(through, alone, table)
+
+
+def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) -> CostTable:
+    """The table with what these requests say.
+
+    Args:
+        through: of requests through the router.
+        alone: seconds of a server's own, beyond its engine's.
+    """
+    seconds, engine = step_clock(table), table.engine
+    columns: list[list[float]] = []
+    loads: list[float] = []
+    for tokens in sorted({seen.prompt_tokens for seen in through}):
+        own = [seen for seen in through if seen.prompt_tokens == tokens]
+        pages = -(-tokens // engine.page_size)
+        beyond = statistics.median(seen.decode_s for seen in own) - seconds(_last_token(tokens))
+        columns.append([1.0, float(pages * engine.page_bytes)])
+        loads.append(max(1e-6, beyond))
+    constant, per_byte = fit(columns, loads)
+    smallest = min(seen.prompt_tokens for seen in through)
+    read = statistics.median(seen.read_s for seen in through if seen.prompt_tokens == smallest)
+    fixed = min(read, constant)
+    server = max(0.0, statistics.median(alone))
+    outside = statistics.median(seen.client_s - seen.prefill_s - seen.decode_s for seen in through)
+    return replace(
+        table,
+        transfer=TransferCost(
+            fixed_s=fixed,
+            bytes_per_s=1 / per_byte if per_byte > 1 / NO_SLOWER_THAN else NO_SLOWER_THAN,
+            message_s=max(0.0, constant - fixed - WAKES * LATENESS_S) / MESSAGES,
+        ),
+        http=HttpCost(server_s=server, router_s=max(0.0, outside - 2 * server)),
+    )
+
+
+def _last_token(tokens: int) -> Rows:
+    """The step of a decode engine whose prompt has arrived: it computes the last token again."""
+    one, nothing = np.ones(1, np.int32), np.zeros(1, np.int32)
+    return Rows(
+        slots=nothing,
+        starts=nothing + tokens - 1,
+        lens=one,
+        samples=one > 0,
+        num_outputs=nothing,
+        tokens=nothing,
+        page_tables=(np.zeros((1, 1), np.int32),),
+    )
+
+
+def _through(
+    client: httpx.Client, pair: Pair, model: str, tokens: int, seed: int, clock: Callable[[], float]
+) -> Seen:
+    ended = "vllm:e2e_request_latency_seconds_sum"
+    first, read = "vllm:time_to_first_token_seconds_sum", "vllm:nixl_xfer_time_seconds_sum"
+    before = series(client, pair.prefill), series(client, pair.decode)
+    client_s = _first_token(client, pair.router, (model, tokens, 10_000 * seed + tokens), clock)
+    after = series(client, pair.prefill), series(client, pair.decode)
+    if after[1].get(read, 0.0) <= before[1].get(read, 0.0):
+        raise ValueError(f"{pair.decode} has read no pages for a request through {pair.router}")
+    return Seen(
+        prompt_tokens=tokens,
+        client_s=client_s,
+        prefill_s=after[0][ended] - before[0][ended],
+        decode_s=after[1][first] - before[1][first],
+        read_s=after[1][read] - before[1].get(read, 0.0),
+    )
+
+
+def _alone(client: httpx.Client, url: str, model: str, seed: int, clock: Callable[[], float]) -> float:
+    """Seconds of a short request at a server, beyond its engine's."""
+    first = "vllm:time_to_first_token_seconds_sum"
+    before = series(client, url)
+    client_s = _first_token(client, url, (model, 16, 10_000 * seed), clock)
+    return client_s - (series(client, url)[first] - before[first])
+
+
+def _first_token(
+    client: httpx.Client, url: str, ask: tuple[str, int, int], clock: Callable[[], float]
+) -> float:
+    """Seconds to the first streamed token of a prompt that nobody has seen; the answer is read to its end.
+
+    Args:
+        ask: model, tokens of the prompt, and what it is drawn from.
+    """
+    model, tokens, seed = ask
+    (prompt,) = random_prompts(1, tokens, seed=seed)
+    body = {"model": model, "prompt": list(prompt.token_ids or ()), "max_tokens": 2, "temperature": 0}
+    body |= {"stream": True, "ignore_eos": True, "return_token_ids": True}
+    began, took = clock(), None
+    with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if (
+                took is None
+                and line.startswith("data: {")
+                and json.loads(line[6:])["choices"][0]["token_ids"]
+            ):
+                took = clock() - began
+    if took is None:
+        raise ValueError(f"{url} gave no token")
+    return took
+
+
+def series(client: httpx.Client, url: str) -> dict[str, float]:
+    """A server's metrics by name, summed over labels."""
+    found: dict[str, float] = {}
+    text = client.get(f"{url}/metrics").raise_for_status().text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found

@@ -1,0 +1,121 @@
+"""What a pair costs is read from what its clients and metrics say."""
+
+import json
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.bench.pair import LENGTHS, MESSAGES, WAKES, Pair, PairError, Seen, costs_of, measure_pair
+from jaxserve.sim.costs import LATENESS_S, CostTable, step_clock
+from scheduler.types import Rows
+from tests.sim.tables import PAGE_BYTES, PAGE_SIZE, table
+
+PAIR = Pair(router="http://r", prefill="http://p", decode="http://d")
+
+
+def last_token(tokens: int) -> Rows:
+    one = np.ones(1, np.int32)
+    return Rows(
+        slots=0 * one,
+        starts=one * (tokens - 1),
+        lens=one,
+        samples=one > 0,
+        num_outputs=0 * one,
+        tokens=one,
+        page_tables=(np.zeros((1, 1), np.int32),),
+    )
+
+
+def load_s(tokens: int, fixed: float, message: float, rate: float) -> float:
+    moved = -(-tokens // PAGE_SIZE) * PAGE_BYTES / rate
+    return fixed + moved + MESSAGES * message + WAKES * LATENESS_S
+
+
+@given(st.floats(0, 0.1), st.floats(0, 0.1), st.floats(1e3, 1e9), st.floats(0, 1), st.floats(0, 1))
+def test_known_costs_are_found_again(fixed, message, rate, server, router):
+    seconds = step_clock(table())
+    through = [
+        Seen(
+            prompt_tokens=tokens,
+            client_s=2 * server + router + 3.0 + decode_s,
+            prefill_s=3.0,
+            decode_s=decode_s,
+            read_s=fixed,
+        )
+        for tokens in LENGTHS
+        if (decode_s := load_s(tokens, fixed, message, rate) + seconds(last_token(tokens)))
+    ]
+    made = costs_of(through, [server], table())
+    assert made.transfer is not None and made.http is not None
+    assert made.transfer.fixed_s == pytest.approx(fixed, abs=1e-5)
+    assert made.transfer.message_s == pytest.approx(message, abs=1e-4)
+    if rate < 1e7:  # beyond, the bytes take less than the rest can be told from
+        assert made.transfer.bytes_per_s == pytest.approx(rate, rel=0.05)
+    assert made.http.server_s == pytest.approx(server)
+    assert made.http.router_s == pytest.approx(router, abs=1e-9)
+
+
+class Servers(httpx.BaseTransport):
+    """A router and two servers, as their clients see them; every wait moves one clock."""
+
+    def __init__(self, costs: CostTable, *, reads: bool = True) -> None:
+        self.now, self.reads = 0.0, reads
+        self.sums = {host: dict.fromkeys(("first", "ended", "read"), 0.0) for host in "pd"}
+        self._seconds = step_clock(costs)
+
+    def clock(self) -> float:
+        return self.now
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        host, path = request.url.host, request.url.path
+        if path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m"}]})
+        if path == "/metrics":
+            sums = self.sums[host]
+            names = {"first": "time_to_first_token_seconds", "ended": "e2e_request_latency_seconds"}
+            names |= {"read": "nixl_xfer_time_seconds"} if host == "d" and self.reads else {}
+            lines = [
+                f"# TYPE vllm:{name} histogram\nvllm:{name}_count 1\nvllm:{name}_sum {sums[key]}"
+                for key, name in names.items()
+            ]
+            return httpx.Response(200, text="\n".join(lines) + "\n")
+        tokens = len(json.loads(request.content)["prompt"])
+        if host == "p":
+            self.sums["p"]["first"] += 1.0
+            self.now += 1.0 + 0.003
+        else:
+            decode = load_s(tokens, 0.001, 0.002, 1e6) + self._seconds(last_token(tokens))
+            self.sums["p"]["ended"] += 2.0
+            self.sums["d"]["first"] += decode
+            self.sums["d"]["read"] += 0.001
+            self.now += 2.0 + decode + 2 * 0.003 + 0.004
+        chunks = [{"choices": [{"token_ids": [1]}]}, {"choices": [{"token_ids": [2]}]}]
+        lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+        return httpx.Response(200, text=lines + "data: [DONE]\n\n")
+
+
+def test_a_pair_is_measured_through_its_router():
+    costs = table(max_model_len=4096)
+    servers = Servers(costs)
+    bare = replace(costs, transfer=None, http=None)
+    made = measure_pair(PAIR, bare, transport=servers, clock=servers.clock)
+    assert made.http is not None and made.transfer is not None and costs.transfer is not None
+    assert made.http.server_s == pytest.approx(0.003)
+    assert made.http.router_s == pytest.approx(0.004)
+    assert made.transfer.bytes_per_s == pytest.approx(costs.transfer.bytes_per_s, rel=1e-3)
+    assert made.transfer.fixed_s == pytest.approx(0.001)
+    assert made.transfer.message_s == pytest.approx(0.002, rel=1e-3)
+    assert replace(made, transfer=None, http=None) == bare
+
+
+def test_servers_that_are_no_pair_are_refused():
+    servers = Servers(table(), reads=False)
+    with pytest.raises(PairError, match="has read no pages"):
+        measure_pair(PAIR, table(), transport=servers, clock=servers.clock)
+    refusing = httpx.MockTransport(lambda request: httpx.Response(503))
+    with pytest.raises(PairError, match="503"):
+        measure_pair(PAIR, table(), transport=refusing)
