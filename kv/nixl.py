@@ -7,6 +7,10 @@ while somebody reads. NIXL and UCX are configured before they are loaded, where 
 - `NIXL_LOG_LEVEL=WARN`: NIXL writes its notices to standard output.
 - `UCX_ERROR_SIGNALS=`: UCX installs handlers for crashes that would hide ours.
 - `UCX_RCACHE_MAX_UNRELEASED=1024`: freed registered memory is returned.
+- `UCX_KEEPALIVE_INTERVAL=inf`: no probes of peers. One that finds a dead peer on this machine under a queued
+  read fails the connection, and deleting the agent then aborts the process (an assertion of UCX 1.23; one
+  killed peer in ten). Reads from a dead peer fail without probes, the sockets have the kernel's, and a peer
+  that is silent has our heartbeats and deadlines.
 """
 
 import importlib
@@ -27,7 +31,12 @@ from kv.transfer_desk import Desk
 from kv.transfer_plan import EngineFacts
 from kv.transfers import Transfers
 
-UCX_DEFAULTS = {"NIXL_LOG_LEVEL": "WARN", "UCX_ERROR_SIGNALS": "", "UCX_RCACHE_MAX_UNRELEASED": "1024"}
+UCX_DEFAULTS = {
+    "NIXL_LOG_LEVEL": "WARN",
+    "UCX_ERROR_SIGNALS": "",
+    "UCX_RCACHE_MAX_UNRELEASED": "1024",
+    "UCX_KEEPALIVE_INTERVAL": "inf",
+}
 BUSY_POLL_S = (50e-6, 500e-6)
 """Pause between polls while a transfer is under way: grows from the first to the second."""
 

@@ -1,6 +1,7 @@
 """The driver's thread over the real side channel, with the fake NIXL and with the real one."""
 
 import importlib.util
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from kv.moves import (
     Unlease,
     Untrack,
 )
-from kv.nixl import NixlDriver, make_agent
+from kv.nixl import NixlDriver, load, make_agent
 from kv.tcp_channel import TcpChannel
 from kv.transfer_agent import Agent
 from kv.transfer_plan import EngineFacts
@@ -167,3 +168,14 @@ def test_a_fault_in_the_thread_fails_loads_and_not_the_engine(caplog: pytest.Log
     finally:
         d.driver.close()
         p.driver.close()
+
+
+@pytest.mark.skipif(MISSING, reason="nixl is not installed")
+def test_ucx_probes_no_peers_unless_the_user_says_so(monkeypatch):
+    """UCX 1.23 aborts the process when its probe finds a dead peer under a queued read."""
+    monkeypatch.delenv("UCX_KEEPALIVE_INTERVAL", raising=False)
+    load()
+    assert os.environ["UCX_KEEPALIVE_INTERVAL"] == "inf"
+    monkeypatch.setenv("UCX_KEEPALIVE_INTERVAL", "5s")
+    load()
+    assert os.environ["UCX_KEEPALIVE_INTERVAL"] == "5s"
