@@ -132,7 +132,7 @@ class Clients:
         if prefill and decode and chance.random() < self._habits.split:
             self.counts["split"] += 1
             first, second = chance.choice(prefill), chance.choice(decode)
-            self._split(first, second, prompt, sampling, salt, priority, again)
+            self.split(first, second, prompt, sampling, salt, priority, again)
         else:
             engines = self._engines("any")
             if not engines:
@@ -140,7 +140,7 @@ class Clients:
                 return
             self.ask(chance.choice(engines), prompt, sampling, salt, priority, again)
 
-    def _split(
+    def split(
         self,
         first: SimEngine,
         second: SimEngine,
@@ -149,8 +149,10 @@ class Clients:
         salt: str,
         priority: int,
         then: Callable[[Mapping[str, Any] | None, bool], None],
+        *,
+        request_id: str | None = None,
     ) -> None:
-        """A router's two steps."""
+        """A router's two steps. `request_id`: of both; None: they are numbered."""
 
         def leased(params: Mapping[str, Any] | None, ok: bool) -> None:
             if ok and params is None:
@@ -159,11 +161,11 @@ class Clients:
                 then(None, False)
                 return
             passed = None if params is None else json.loads(json.dumps(dict(params)))
-            self.ask(second, prompt, sampling, salt, priority, then, params=passed)
+            self.ask(second, prompt, sampling, salt, priority, then, params=passed, request_id=request_id)
 
         lone = replace(sampling, n=1, max_tokens=1, min_tokens=0, stop=())
         wants = {"do_remote_decode": True, "do_remote_prefill": False}
-        self.ask(first, prompt, lone, salt, priority, leased, params=wants)
+        self.ask(first, prompt, lone, salt, priority, leased, params=wants, request_id=request_id)
 
     def ask(
         self,

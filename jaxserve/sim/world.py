@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from jaxserve.sim.clients import Clients, Habits
 from jaxserve.sim.clockwork import Clockwork
-from jaxserve.sim.cover import Met, states
+from jaxserve.sim.cover import RARE, Met, states
 from jaxserve.sim.device import SimDevice
 from jaxserve.sim.engine import Node, SimEngine, Surroundings
 from jaxserve.sim.expect import SimTokenizer
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
-from jaxserve.sim.faults import LASTING, STRIKES, Storm
+from jaxserve.sim.faults import RARE_BOOST, STRIKES, Storm
 from jaxserve.sim.hash_model import HashModel
 from jaxserve.sim.laws import Broken, Laws, Names, no_leak
 from jaxserve.sim.recount import Recount
@@ -108,7 +108,7 @@ class World:
         self.recounts: dict[str, Recount] = {}
         self._nodes = {node.name: node for node in setup.nodes}
         self._small = all(node.scheduler.num_pages <= SMALL_POOL for node in setup.nodes)
-        self._complaints = _Complaints()
+        self._complaints = Complaints()
         self._around = Surroundings(
             clockwork=self.clockwork,
             wire=self.wire,
@@ -165,6 +165,7 @@ class World:
         chance = self.clockwork.chance
         for lasting in (self.storm.no_files, self.storm.stalled):
             lasting.discard(name)  # a new process
+        self.storm.rare.discard(name)
         device = SimDevice(
             model=self.setup.model,
             num_pages=node.scheduler.num_pages,
@@ -234,8 +235,10 @@ class World:
             storm.not_finite.discard(host)
         self.recounts[engine.epoch].take(inputs, plan)
         self.laws.step(engine, inputs, plan)
-        if plan.preempted and "X23" in LASTING:
-            self.meet("X23", (host,))
+        if any(state in RARE for state in states(engine)):
+            storm.rare.add(host)
+        else:
+            storm.rare.discard(host)
         if any(outcome == "dropped_cpu_full" for _, outcome, _ in plan.moves.outcomes):
             self.meet("X24", (host,))
         ended = sum(isinstance(command, Unlease) for command in plan.moves.commands)
@@ -247,6 +250,8 @@ class World:
     def _strike(self) -> None:
         clockwork = self.clockwork
         draw = clockwork.chance.random()
+        if self.storm.rare:
+            draw /= RARE_BOOST
         for fault, rate in self.storm.rates.items():
             if fault in STRIKES:
                 if draw < rate:
@@ -258,6 +263,9 @@ class World:
 
     def _some_engine(self) -> SimEngine | None:
         running = [engine for engine in self.engines.values() if engine.alive and not engine.paused]
+        rare = [engine for engine in running if engine.host in self.storm.rare]
+        if rare and self.clockwork.chance.random() < 0.8:
+            running = rare
         return self.clockwork.chance.choice(running) if running else None
 
     def kill(self) -> None:
@@ -390,6 +398,7 @@ class World:
 
     def _abort(self, fault: str, times: int) -> None:
         asks = [ask for ask in self.clients.asks.values() if ask.engine.alive and not ask.aborted]
+        asks = [ask for ask in asks if ask.engine.host in self.storm.rare] or asks
         if asks:
             ask = self.clockwork.chance.choice(asks)
             self.meet(fault, (ask.engine.host,))
@@ -515,7 +524,7 @@ STRIKE: dict[str, Callable[[World], None]] = {
 }
 
 
-class _Complaints(logging.Handler):
+class Complaints(logging.Handler):
     """I13: what the engine logs as an error is an exception that somebody swallowed."""
 
     def __init__(self) -> None:
@@ -524,7 +533,7 @@ class _Complaints(logging.Handler):
         self._logger = logging.getLogger("jaxserve")
         self._before = (self._logger.level, self._logger.propagate)
 
-    def __enter__(self) -> "_Complaints":
+    def __enter__(self) -> "Complaints":
         self._before = (self._logger.level, self._logger.propagate)
         self._logger.addHandler(self)
         self._logger.setLevel(logging.ERROR)
