@@ -2,9 +2,11 @@
 
 Requests go one at a time through the router and to the servers. A client sees the whole; the servers' metrics
 say how much of it was the engines'. What is left are HTTP and the router; and what the decode engine takes
-until its first token, beyond the one step that it computes, are the transfer and its messages.
+until its first token, beyond the one step that it computes, are the transfer and its messages. Then the
+decode server streams to several clients at once: what a token takes beyond its step is the host's.
 """
 
+import asyncio
 import json
 import statistics
 import time
@@ -15,6 +17,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from jaxserve.bench.client import Ask, Endpoint, request
 from jaxserve.bench.datasets import random_prompts
 from jaxserve.sim.costs import LATENESS_S, CostTable, HttpCost, TransferCost, fit, step_clock
 from scheduler.types import Rows
@@ -28,6 +31,8 @@ MESSAGES = 4
 
 WAKES = 8
 """Of threads on the way of a load, which a simulation has too."""
+
+STREAM_PROMPT_TOKENS, STREAM_TOKENS = 16, 40
 
 NO_SLOWER_THAN = 1e12
 """Bytes per second, where the measured times do not grow with the bytes."""
@@ -88,10 +93,24 @@ def measure_pair(
                 for seed in range(ROUNDS + 1)
                 for tokens in lengths
             ][len(lengths) :]  # the first round connects the two
+            streams = [
+                (rows, statistics.median(asyncio.run(_gaps(pair.decode, model, rows, transport, clock))))
+                for rows in sorted({1, max(1, table.engine.max_num_seqs // 2), table.engine.max_num_seqs})
+            ]
             alone = [_alone(client, pair.prefill, model, seed, clock) for seed in range(ROUNDS + 1)][1:]
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
         raise PairError(f"the pair could not be measured: {error}") from error
-    return costs_of(through, alone, table)
+    return costs_of(through, alone, with_streams(streams, table))
+
+
+def with_streams(streams: Sequence[tuple[int, float]], table: CostTable) -> CostTable:
+    """The table with the host's part from (streams at once, seconds between their tokens)."""
+    device = step_clock(replace(table, host_s=0.0, host_row_s=0.0))
+    columns = [[1.0, float(rows)] for rows, _ in streams]
+    context = STREAM_PROMPT_TOKENS + STREAM_TOKENS // 2
+    beyond = [max(1e-6, seconds - device(_decodes(rows, context))) for rows, seconds in streams]
+    host_s, host_row_s = fit(columns, beyond)
+    return replace(table, host_s=host_s, host_row_s=host_row_s)
 
 
 def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) -> CostTable:
@@ -107,7 +126,7 @@ def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) 
     for tokens in sorted({seen.prompt_tokens for seen in through}):
         own = [seen for seen in through if seen.prompt_tokens == tokens]
         pages = -(-tokens // engine.page_size)
-        beyond = statistics.median(seen.decode_s for seen in own) - seconds(_last_token(tokens))
+        beyond = statistics.median(seen.decode_s for seen in own) - seconds(_decodes(1, tokens))
         columns.append([1.0, float(pages * engine.page_bytes)])
         loads.append(max(1e-6, beyond))
     constant, per_byte = fit(columns, loads)
@@ -127,18 +146,41 @@ def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) 
     )
 
 
-def _last_token(tokens: int) -> Rows:
-    """The step of a decode engine whose prompt has arrived: it computes the last token again."""
-    one, nothing = np.ones(1, np.int32), np.zeros(1, np.int32)
+def _decodes(rows: int, context: int) -> Rows:
+    """A step of rows of one token. A decode engine whose prompt has arrived computes its last token again, as
+    one of these."""
+    ones, nothing = np.ones(rows, np.int32), np.zeros(rows, np.int32)
     return Rows(
         slots=nothing,
-        starts=nothing + tokens - 1,
-        lens=one,
-        samples=one > 0,
+        starts=nothing + context - 1,
+        lens=ones,
+        samples=ones > 0,
         num_outputs=nothing,
         tokens=nothing,
-        page_tables=(np.zeros((1, 1), np.int32),),
+        page_tables=(np.zeros((rows, 1), np.int32),),
     )
+
+
+async def _gaps(
+    url: str,
+    model: str,
+    rows: int,
+    transport: httpx.BaseTransport | None,
+    clock: Callable[[], float],
+) -> list[float]:
+    """Seconds between the tokens of so many streams at once."""
+    endpoint = Endpoint(label="", url=f"{url}/v1", model=model)
+    ask = Ask(chat=False, output_len=STREAM_TOKENS, ignore_eos=True, extra={"return_token_ids": True})
+    prompts = random_prompts(rows, STREAM_PROMPT_TOKENS, seed=rows)
+    shared = transport if isinstance(transport, httpx.AsyncBaseTransport) else None
+    async with httpx.AsyncClient(timeout=None, trust_env=False, transport=shared) as client:
+        records = await asyncio.gather(
+            *(request(client, endpoint, ask, prompt, due=clock(), clock=clock) for prompt in prompts)
+        )
+    failed = [record.error for record in records if record.error is not None]
+    if failed:
+        raise ValueError(failed[0])
+    return [gap for record in records for gap in record.itl]
 
 
 def _through(

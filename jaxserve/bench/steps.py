@@ -2,7 +2,7 @@
 
 Every compiled shape is run by the real device with several contexts, in turns over all of them, so that a
 slow spell of the machine does not fall on one alone; the median of the turns counts. Then a real engine loop
-runs batches of decodes: what its steps take beyond that is the host's.
+runs batches of decodes on a device whose steps take nothing: that is the host's part.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from jaxserve.bench.options import at_least
 from jaxserve.bench.pair import Pair, PairError, measure_pair
 from jaxserve.bench.tables import grid, number
 from jaxserve.config import EngineConfig
-from jaxserve.core import DeviceDriver
 from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.loop import EngineLoop
 from jaxserve.outputs import Delta
@@ -47,9 +46,10 @@ from jaxserve.sim.costs import (
     work_of,
     write_table,
 )
+from jaxserve.sim.what_if import NoModel
 from jaxserve.text import Tokenizer
 from jaxserve.weights.smollm2 import default_cache_dir
-from scheduler.types import Accepted, Limits, Plan, Request, Rows, SamplingParams, SchedulerConfig
+from scheduler.types import Accepted, Inputs, Limits, Plan, Request, Rows, SamplingParams, SchedulerConfig
 
 CONTEXTS = (64, 512, 2048)
 HOST_PROMPT_TOKENS, HOST_OUTPUT_TOKENS = 16, 40
@@ -133,9 +133,7 @@ def run(args: argparse.Namespace) -> int:
             repetitions=args.repetitions,
             done=bar.update,
         )
-    host_s, host_row_s = measure_host(
-        costs, scheduler, parts.limits, device=parts.device, tokenizer=parts.tokenizer
-    )
+    host_s, host_row_s = measure_host(scheduler, parts.limits, tokenizer=parts.tokenizer)
     table = CostTable(
         measured=f"{datetime.now(UTC):%Y-%m-%d}, {shlex.join(['jaxserve', *args.given])}",
         machine=machine(),
@@ -245,43 +243,35 @@ def measure_steps(
     return [fit_bucket(bucket, own) for bucket, own in points.items()]
 
 
-def measure_host(
-    costs: Sequence[BucketCost],
-    scheduler: SchedulerConfig,
-    limits: Limits,
-    *,
-    device: DeviceDriver,
-    tokenizer: Tokenizer,
-) -> tuple[float, float]:
-    """Seconds of the host between two steps, fixed and per row: what decodes of an engine loop take beyond
-    their bucket's cost, as the median per number of rows."""
+def measure_host(scheduler: SchedulerConfig, limits: Limits, *, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Seconds of the host between two steps, fixed and per row: of an engine loop whose steps take nothing,
+    the median per number of rows."""
     most = limits.max_num_seqs
     columns: list[list[float]] = []
-    beyond: list[float] = []
+    seconds: list[float] = []
     for rows in sorted({1, max(1, most // 4), most}):
-        bucket = min((own for own in costs if own.tokens == own.rows >= rows), key=lambda own: own.tokens)
-        taken: list[tuple[float, Plan]] = []
+        taken: list[tuple[float, int]] = []
+
+        def keep(inputs: Inputs, plan: Plan, taken: list[tuple[float, int]] = taken) -> None:
+            taken.append((inputs.now_s, len(plan.rows) if len(plan.rows) == len(plan.rows.tokens) else 0))
+
         loop = EngineLoop(
             scheduler,
             limits,
-            device,
+            NoModel(scheduler.num_pages, scheduler.page_size),
             tokenizer,
             max_num_queued_reqs=rows,
-            recorder=lambda inputs, plan, taken=taken: taken.append((inputs.now_s, plan)),
+            recorder=keep,
             log_stats=False,
         )
         try:
             _serve(loop, rows)
         finally:
             loop.close()
-        gaps = [
-            after - before - bucket.seconds(work_of(plan.rows))
-            for (before, plan), (after, _) in itertools.pairwise(taken)
-            if len(plan.rows) == len(plan.rows.tokens) == rows
-        ]
+        gaps = [after - before for (before, count), (after, _) in itertools.pairwise(taken) if count == rows]
         columns.append([1.0, float(rows)])
-        beyond.append(max(1e-6, statistics.median(gaps)))
-    fixed, per_row = fit(columns, beyond)
+        seconds.append(max(1e-6, statistics.median(gaps)))
+    fixed, per_row = fit(columns, seconds)
     return fixed, per_row
 
 

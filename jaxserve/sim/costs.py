@@ -24,7 +24,7 @@ from scheduler.types import Rows
 
 FORMAT = "jaxserve-step-costs-1"
 
-LATENESS_S = 0.0005
+LATENESS_S = 0.0001
 """Between the wake-up of a thread and its work. Not measured: a transfer's messages are, with it."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -153,7 +153,8 @@ class CostTable:
     Attributes:
         format: FORMAT.
         measured: when and with what command, for people.
-        host_s, host_row_s: of the host between two steps: fixed, and per row.
+        host_s, host_row_s: of the host between two steps: fixed, and per row. Of a server, where a pair was
+            measured: then telling clients is part of it.
         transfer, http: None: not measured; a simulation of several engines needs them.
 
     Raises:

@@ -1,5 +1,6 @@
 """What a pair costs is read from what its clients and metrics say."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -9,8 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.bench.pair import LENGTHS, MESSAGES, WAKES, Pair, PairError, Seen, costs_of, measure_pair
-from jaxserve.sim.costs import LATENESS_S, CostTable, step_clock
+from jaxserve.bench.pair import (
+    LENGTHS,
+    MESSAGES,
+    STREAM_TOKENS,
+    WAKES,
+    Pair,
+    PairError,
+    Seen,
+    costs_of,
+    measure_pair,
+    with_streams,
+)
+from jaxserve.sim.costs import LATENESS_S, step_clock
 from scheduler.types import Rows
 from tests.sim.tables import PAGE_BYTES, PAGE_SIZE, table
 
@@ -59,16 +71,39 @@ def test_known_costs_are_found_again(fixed, message, rate, server, router):
     assert made.http.router_s == pytest.approx(router, abs=1e-9)
 
 
-class Servers(httpx.BaseTransport):
+@given(st.floats(0, 0.1), st.floats(0, 0.1))
+def test_what_streams_take_beyond_their_steps_is_the_hosts(fixed, per_row):
+    bare = replace(table(), host_s=0.0, host_row_s=0.0)
+    device = {1: 0.002, 2: 0.002, 4: 0.004}
+    streams = [(rows, base + 36 * 1e-5 + fixed + per_row * rows) for rows, base in device.items()]
+    made = with_streams(streams, bare)
+    assert made.host_s == pytest.approx(fixed, abs=1e-5)
+    assert made.host_row_s == pytest.approx(per_row, abs=1e-5)
+    assert replace(made, host_s=0.0, host_row_s=0.0) == bare
+
+
+class Servers(httpx.BaseTransport, httpx.AsyncBaseTransport):
     """A router and two servers, as their clients see them; every wait moves one clock."""
 
-    def __init__(self, costs: CostTable, *, reads: bool = True) -> None:
+    def __init__(self, *, reads: bool = True) -> None:
         self.now, self.reads = 0.0, reads
         self.sums = {host: dict.fromkeys(("first", "ended", "read"), 0.0) for host in "pd"}
-        self._seconds = step_clock(costs)
 
     def clock(self) -> float:
         return self.now
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """A stream: every token of every client moves the clock by 0.5 s."""
+        assert request.url.host == "d"
+
+        async def tokens():
+            for token in range(STREAM_TOKENS):
+                self.now += 0.5
+                yield f"data: {json.dumps({'choices': [{'token_ids': [token]}]})}\n\n".encode()
+                await asyncio.sleep(0)
+            yield b"data: [DONE]\n\n"
+
+        return httpx.Response(200, content=tokens())
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         host, path = request.url.host, request.url.path
@@ -88,7 +123,7 @@ class Servers(httpx.BaseTransport):
             self.sums["p"]["first"] += 1.0
             self.now += 1.0 + 0.003
         else:
-            decode = load_s(tokens, 0.001, 0.002, 1e6) + self._seconds(last_token(tokens))
+            decode = load_s(tokens, 0.001, 0.002, 1e6) + 0.5
             self.sums["p"]["ended"] += 2.0
             self.sums["d"]["first"] += decode
             self.sums["d"]["read"] += 0.001
@@ -99,21 +134,25 @@ class Servers(httpx.BaseTransport):
 
 
 def test_a_pair_is_measured_through_its_router():
+    """The table's own steps take nothing, so that all of a token's 0.5 s are the host's."""
     costs = table(max_model_len=4096)
-    servers = Servers(costs)
-    bare = replace(costs, transfer=None, http=None)
+    free = tuple(replace(own, base_s=0.0, by_context_s=0.0, by_pair_s=0.0) for own in costs.buckets)
+    bare = replace(costs, buckets=free, transfer=None, http=None)
+    servers = Servers()
     made = measure_pair(PAIR, bare, transport=servers, clock=servers.clock)
-    assert made.http is not None and made.transfer is not None and costs.transfer is not None
+    assert made.host_s + made.host_row_s == pytest.approx(0.5)
+    assert made.http is not None and made.transfer is not None
     assert made.http.server_s == pytest.approx(0.003)
     assert made.http.router_s == pytest.approx(0.004)
-    assert made.transfer.bytes_per_s == pytest.approx(costs.transfer.bytes_per_s, rel=1e-3)
+    assert made.transfer.bytes_per_s == pytest.approx(1e6, rel=1e-3)
     assert made.transfer.fixed_s == pytest.approx(0.001)
     assert made.transfer.message_s == pytest.approx(0.002, rel=1e-3)
-    assert replace(made, transfer=None, http=None) == bare
+    again = replace(made, transfer=None, http=None, host_s=bare.host_s, host_row_s=bare.host_row_s)
+    assert again == bare
 
 
 def test_servers_that_are_no_pair_are_refused():
-    servers = Servers(table(), reads=False)
+    servers = Servers(reads=False)
     with pytest.raises(PairError, match="has read no pages"):
         measure_pair(PAIR, table(), transport=servers, clock=servers.clock)
     refusing = httpx.MockTransport(lambda request: httpx.Response(503))

@@ -19,7 +19,7 @@ from jaxserve.bench.steps import (
 from jaxserve.cli import main
 from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.sim.costs import BucketCost, step_clock
-from jaxserve.sim.what_if import NoModel, Wordless
+from jaxserve.sim.what_if import Wordless
 from scheduler.types import Limits, Outcome, Plan, SchedulerConfig
 from tests.sim.tables import ROWS, TOKENS, table
 
@@ -103,13 +103,9 @@ def test_rows_have_pages_of_their_own_where_the_pool_has_them():
 
 
 def test_the_host_takes_something_even_where_steps_take_nothing():
-    free = [
-        BucketCost(tokens=own.tokens, rows=own.rows, base_s=0.0, by_context_s=0.0, by_pair_s=0.0)
-        for own in BUCKETS
-    ]
     scheduler = SchedulerConfig(page_size=4, num_pages=200, max_num_seqs=ROWS, max_model_len=128)
     limits = Limits(max_num_batched_tokens=TOKENS, max_num_seqs=ROWS)
-    fixed, per_row = measure_host(free, scheduler, limits, device=NoModel(200, 4), tokenizer=Wordless())
+    fixed, per_row = measure_host(scheduler, limits, tokenizer=Wordless())
     assert min(fixed, per_row) >= 0 and fixed + per_row > 0
 
 
