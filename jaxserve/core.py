@@ -93,6 +93,8 @@ class EngineCore:
         self._recorder, self._clock = recorder, clock
         self._state = initial_state(config)
         self._owners: dict[int, Owner] = {}
+        self._setups: dict[int, SlotSetup] = {}
+        """Of slots that changed hands since the device last ran: a step may place a sequence and run none."""
         self._under_way: UnderWay | None = None
         self.inbox = Inbox(max_num_queued_reqs=max_num_queued_reqs, rejections=nothing.rejections)
         self._reporter = Reporter(nothing, movers, abort=self.inbox.abort, forget=self.inbox.forget)
@@ -230,10 +232,11 @@ class EngineCore:
         for entry in plan.finished:
             if entry.slot is not None:
                 self._owners.pop(entry.slot, None)
+                self._setups.pop(entry.slot, None)
         for entry in plan.preempted:
             _, sequence = self._owners.pop(entry.slot)
+            self._setups.pop(entry.slot, None)
             sequence.preemptions += 1
-        setups = []
         for entry in plan.admitted:
             live = self.inbox.live(entry.request_id)
             if live is None:
@@ -243,9 +246,11 @@ class EngineCore:
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = max(now, live.queued_s)
             self.inbox.leave_queue(live)
-            setups.append(_setup(live.request, sequence, entry.slot))
+            self._setups[entry.slot] = _setup(live.request, sequence, entry.slot)
         if not len(plan.rows):
             return None
+        setups = list(self._setups.values())
+        self._setups.clear()
         spans = self._spans(plan)
         owners = tuple(self._owners[span.slot][0] for span in spans)
         return UnderWay(plan=plan, pending=self._device.start(plan, setups, spans), span_owners=owners)
