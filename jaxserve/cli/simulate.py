@@ -12,8 +12,11 @@ from jaxserve.bench.options import at_least, rate
 from jaxserve.bench.stats import Slo
 from jaxserve.config import ConfigError
 from jaxserve.sim.costs import CostError, read_table
+from jaxserve.sim.cover import thin
+from jaxserve.sim.faults import NAMES
 from jaxserve.sim.plot import report_figure
 from jaxserve.sim.report import Report, comparison_text, report_json, report_text
+from jaxserve.sim.seeds import run_seeds, summary_text
 from jaxserve.sim.traffic import BLOCK_TOKENS, Trace, TraceError, read_trace
 from jaxserve.sim.what_if import simulate
 
@@ -22,13 +25,27 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Mounts the command."""
     parser = commands.add_parser(
         "simulate",
-        help="replay recorded traffic through simulated engines",
-        description="Replay recorded traffic through the production scheduler, prefix cache and transfer "
-        "protocol of any number of engines, on a virtual clock, with measured costs of steps and transfers. "
-        "Several numbers after --prefill or --decode compare all combinations.",
+        help="search a simulated cluster for faults, or replay recorded traffic through one",
+        description="The production scheduler, prefix cache, connectors and transfer protocol of any number of "
+        "engines in one process, on a virtual clock. With --seeds, worlds are drawn and struck by faults, and "
+        "every invariant is checked after every event. With --trace, recorded traffic is replayed with "
+        "measured costs of steps and transfers; several numbers after --prefill or --decode compare all "
+        "combinations.",
     )
+    _add_seed_arguments(parser)
     _add_trace_arguments(parser)
     parser.set_defaults(run=_simulate)
+
+
+def _add_seed_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("faults").add_argument
+    add("--seeds", type=at_least(1), metavar="N", help="run N worlds under faults; exit 1 if a law is broken")
+    add("--first-seed", type=at_least(0), default=0, metavar="S", help="the first of them (default: 0)")
+    add("--events", type=at_least(1), default=2000, metavar="E",
+        help="events of each world, before faults stop and all must end (default: %(default)s)")  # fmt: skip
+    add("--jobs", type=at_least(1), metavar="J", help="processes (default: one per core)")
+    add("--least", type=at_least(0), default=0, metavar="N",
+        help="exit 1 if a fault has met requests in some state less than N times")  # fmt: skip
 
 
 def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +74,10 @@ def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> int:
+    if args.seeds is not None:
+        return _search(args)
     if args.trace is None or args.step_cost is None:
-        raise ConfigError("--trace and --step-cost say what is simulated: both are needed")
+        raise ConfigError("either --seeds, or --trace and --step-cost, say what is simulated")
     try:
         trace = read_trace(args.trace, block_tokens=args.trace_block_size).faster(args.speed)
         if args.num_prompts is not None:
@@ -68,6 +87,18 @@ def _simulate(args: argparse.Namespace) -> int:
     except (TraceError, CostError) as error:
         raise ConfigError(str(error)) from error
     return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    """Worlds under faults. Returns the exit code."""
+    summary = run_seeds(
+        range(args.first_seed, args.first_seed + args.seeds),
+        events=args.events,
+        jobs=args.jobs,
+        progress=not args.disable_tqdm,
+    )
+    print(summary_text(summary, least=args.least))
+    return 1 if summary.failures or thin(summary.met, NAMES, args.least) else 0
 
 
 def _run(args: argparse.Namespace, trace: Trace) -> list[Report]:

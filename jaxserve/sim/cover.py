@@ -10,6 +10,9 @@ STATES = ("waiting", "loading", "fetched", "prefilling", "decoding", "preempted"
 """Where a request is: waiting for its first slot; its pages on their way; there, and no slot yet; computing
 its prompt; generating; preempted and waiting; over, its pages leased to a peer."""
 
+RARE = ("fetched", "preempted")
+"""States that are seldom reached: faults look for them."""
+
 Met = Counter[tuple[str, str]]
 """(fault, state) -> how often."""
 

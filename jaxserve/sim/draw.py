@@ -28,7 +28,7 @@ def draw(clockwork: Clockwork) -> Setup:
         "failure_policy": chance.choice(("recompute", "recompute", "fail")),
         "digest": chance.random() < 0.85,
     }
-    tiny = chance.random() < 0.3
+    tiny = chance.random() < 0.5
     one_name = chance.random() < 0.2
     digest_host = chance.random() < 0.7
     prefill = tuple(f"p{number}" for number in range(chance.choice((1, 1, 2))))
@@ -51,7 +51,7 @@ def draw(clockwork: Clockwork) -> Setup:
                     windows=windows,
                     page_size=size,
                     num_pages=num_pages,
-                    max_num_seqs=chance.choice((2, 4, 6)),
+                    max_num_seqs=chance.choice((1, 2, 4, 6) if role == CONSUMER else (2, 4, 6)),
                     max_model_len=max_model_len,
                     cache_key="model-a",
                     enable_prefix_caching=chance.random() < 0.85,
@@ -82,21 +82,21 @@ def draw(clockwork: Clockwork) -> Setup:
         rates=draw_rates(clockwork, chance.choice((0.1, 0.3, 0.6)), without=undigested),
         lasting=lasting,
         habits=_habits(chance, max_model_len),
-        num_clients=chance.choice((3, 6, 12)),
+        num_clients=chance.choice((3, 8, 16)),
         offsets={node.name: chance.uniform(0.0, 3600.0) for node in nodes},
         drift={node.name: chance.uniform(0.99, 1.01) if drift else 1.0 for node in nodes},
     )
 
 
 def _habits(chance: Random, max_model_len: int) -> Habits:
-    most = chance.choice((4, 12, 24))
+    most = chance.choice((4, 16, 24))
     longest = max_model_len - most - 1
     return Habits(
         documents=tuple(
             tuple(chance.randrange(END - 3) for _ in range(chance.randint(1, longest))) for _ in range(3)
         ),
-        split=chance.choice((0.4, 0.8, 1.0)),
-        think_s=chance.choice((0.005, 0.05, 0.5)),
+        split=chance.choice((0.4, 0.8, 0.9)),
+        think_s=chance.choice((0.002, 0.02, 0.2)),
         max_prompt=longest,
         max_tokens=most,
     )
