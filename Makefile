@@ -7,6 +7,9 @@ PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
 PIP_ARGS ?=
+SEEDS ?= 1000
+# How often every fault must meet requests in every state, in `make simulate`.
+LEAST ?= 100
 # Which part of the suite `make test-matrix` runs: arguments for pytest.
 MATRIX_TESTS ?= -m "not slow"
 
@@ -17,7 +20,7 @@ SOURCES := jaxserve kv scheduler metrics pallas_kernels
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast test-slow test-connectors test-accuracy test-matrix check format clean
+.PHONY: help setup serve test test-fast test-slow test-connectors test-accuracy simulate test-matrix check format clean
 
 help:  ## Say what can be made.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +55,9 @@ test-connectors: setup  ## Run the tests of prefill and decode servers against s
 
 test-accuracy: setup  ## Compare the score of a prefill and decode pair with that of one server.
 	PYTHON=$(BIN)/python tests/e2e/run_accuracy_test.sh
+
+simulate: setup  ## Run SEEDS simulated clusters of 2,000 events under faults, and say what met what.
+	$(BIN)/jaxserve simulate --seeds $(SEEDS) --events 2000 --least $(LEAST)
 
 test-matrix:  ## Run the suite (or MATRIX_TESTS) on Python 3.12 and 3.13 with the newest JAX, and on JAX 0.11.2.
 	@PIP_ARGS='$(PIP_ARGS)' $(PYTHON) scripts/matrix.py -- $(MATRIX_TESTS) $(PYTEST_ARGS)

@@ -26,9 +26,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "simulate",
         help="search a simulated cluster for faults, or replay recorded traffic through one",
-        description="The production scheduler, prefix cache, connectors and transfer protocol of any number of "
-        "engines in one process, on a virtual clock. With --seeds, worlds are drawn and struck by faults, and "
-        "every invariant is checked after every event. With --trace, recorded traffic is replayed with "
+        description="The production scheduler, prefix cache, connectors and transfer protocol of any number "
+        "of engines in one process, on a virtual clock. With --seeds, worlds are drawn and struck by faults, "
+        "and every invariant is checked after every event. With --trace, recorded traffic is replayed with "
         "measured costs of steps and transfers; several numbers after --prefill or --decode compare all "
         "combinations.",
     )
