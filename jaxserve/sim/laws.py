@@ -152,6 +152,15 @@ class Laws:
         live = len(engine.core.state.sequences)
         if plan.gauges.running + plan.gauges.waiting != live:
             raise Broken("I19", f"{engine.host}: running and waiting are not what lives")
+        starts = dict(zip(rows.slots.tolist(), rows.starts.tolist(), strict=True))
+        for entry in plan.admitted:  # the last known token is computed in any case
+            usable = entry.hit_tokens + entry.loaded_tokens
+            if starts.get(entry.slot, usable) < usable - 1:
+                raise Broken("I11", f"{engine.host}: what was found or loaded is computed once more")
+        if inputs.aborts:
+            gone = set(inputs.aborts).difference(request.request_id for request in inputs.arrivals)
+            if any(request_id in gone for request_id, _ in engine.core.state.sequences):
+                raise Broken("I2", f"{engine.host}: an aborted request lives on")
 
     def _gauges(self, engine: SimEngine) -> None:
         """I19: gauges say what is, and counters only grow. I21: the queue is bounded."""

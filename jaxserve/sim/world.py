@@ -233,7 +233,10 @@ class World:
         if host in storm.not_finite:
             self.clients.excuses.add((engine.epoch, "logits"))
             storm.not_finite.discard(host)
-        self.recounts[engine.epoch].take(inputs, plan)
+        try:
+            self.recounts[engine.epoch].take(inputs, plan)
+        except AssertionError as error:
+            raise Broken("I11", f"{host}: {error or 'the recount says otherwise'}") from error
         self.laws.step(engine, inputs, plan)
         if any(state in RARE for state in states(engine)):
             storm.rare.add(host)
@@ -318,9 +321,13 @@ class World:
     def flip_bit(self) -> None:
         """X27."""
         engine, chance = self._some_engine(), self.clockwork.chance
-        if engine is None or not engine.node.host_digest or not engine.hosts:
+        transfer = None if engine is None else engine.node.scheduler.transfer
+        if engine is None or transfer is None:
             return
-        index = chance.choice(sorted(engine.hosts))
+        checked = [index for index in sorted(engine.hosts) if transfer.leaves[index].digest]
+        if not checked:
+            return
+        index = chance.choice(checked)
         rank = chance.randrange(len(engine.hosts[index]))
         memory = engine.hosts[index][rank].memory
         row = chance.randrange(len(memory))
