@@ -1,9 +1,10 @@
 """What HTTP, a router and transfers cost, measured at a running pair of prefill and decode servers.
 
 Requests go one at a time through the router and to the servers. A client sees the whole; the servers' metrics
-say how much of it was the engines'. What is left are HTTP and the router; and what the decode engine takes
-until its first token, beyond the one step that it computes, are the transfer and its messages. Then the
-decode server streams to several clients at once: what a token takes beyond its step is the host's.
+say how much of it was the engines'. What is left are HTTP and the router; what the decode engine takes until
+its first token, beyond the one step that it computes, are the transfer and its messages; and what the prefill
+engine takes over its steps is what lending costs it. Then the decode server streams to several clients at
+once: what a token takes beyond its step is the host's.
 """
 
 import asyncio
@@ -133,6 +134,7 @@ def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) 
     smallest = min(seen.prompt_tokens for seen in through)
     read = statistics.median(seen.read_s for seen in through if seen.prompt_tokens == smallest)
     fixed = min(read, constant)
+    slower = [seen.prefill_s / _prefill_s(seen.prompt_tokens, table) for seen in through]
     server = max(0.0, statistics.median(alone))
     outside = statistics.median(seen.client_s - seen.prefill_s - seen.decode_s for seen in through)
     return replace(
@@ -141,22 +143,35 @@ def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) 
             fixed_s=fixed,
             bytes_per_s=1 / per_byte if per_byte > 1 / NO_SLOWER_THAN else NO_SLOWER_THAN,
             message_s=max(0.0, constant - fixed - WAKES * LATENESS_S) / MESSAGES,
+            lending=max(1.0, statistics.median(slower)),
         ),
         http=HttpCost(server_s=server, router_s=max(0.0, outside - 2 * server)),
     )
 
 
+def _prefill_s(tokens: int, table: CostTable) -> float:
+    """What the steps of a prompt take, by the table."""
+    seconds, budget = step_clock(table), table.engine.max_num_batched_tokens
+    starts = range(0, tokens, budget)
+    return sum(seconds(_rows(1, start, min(budget, tokens - start))) for start in starts)
+
+
 def _decodes(rows: int, context: int) -> Rows:
     """A step of rows of one token. A decode engine whose prompt has arrived computes its last token again, as
     one of these."""
+    return _rows(rows, context - 1, 1)
+
+
+def _rows(rows: int, start: int, count: int) -> Rows:
+    """Rows that each compute `count` tokens behind `start` others."""
     ones, nothing = np.ones(rows, np.int32), np.zeros(rows, np.int32)
     return Rows(
         slots=nothing,
-        starts=nothing + context - 1,
-        lens=ones,
+        starts=nothing + start,
+        lens=ones * count,
         samples=ones > 0,
         num_outputs=nothing,
-        tokens=nothing,
+        tokens=np.zeros(rows * count, np.int32),
         page_tables=(np.zeros((rows, 1), np.int32),),
     )
 

@@ -316,7 +316,8 @@ def table_text(table: CostTable) -> str:
         transfer = table.transfer
         lines.append(
             f"transfer: {number(transfer.fixed_s * 1e3)} and {number(transfer.bytes_per_s / 1e9)} GB/s; "
-            f"{number(transfer.message_s * 1e3)} per message"
+            f"{number(transfer.message_s * 1e3)} per message; lending makes steps "
+            f"{number(transfer.lending)} times as long"
         )
     if table.http is not None:
         lines.append(

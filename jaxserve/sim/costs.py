@@ -94,11 +94,14 @@ class TransferCost:
         fixed_s: of one transfer, however small.
         bytes_per_s: of its content; digests at both ends and the copy count as one.
         message_s: one message of the protocol, one way.
+        lending: what a prefill engine's steps take over those of an engine that lends nothing: while peers
+            read, its transfers have a thread that polls, which costs steps that have no other core.
     """
 
     fixed_s: Seconds
     bytes_per_s: Positive
     message_s: Seconds
+    lending: Annotated[float, msgspec.Meta(ge=1)] = 1.0
 
     def seconds(self, num_bytes: int) -> float:
         """Of a transfer, without the messages around it."""

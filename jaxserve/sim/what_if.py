@@ -121,7 +121,7 @@ class NoModel:
         return (Region(address=self._pool.ctypes.data, page_bytes=page_bytes, num_pages=len(self._pool)),)
 
 
-class Unhurried(SimEngine):
+class Lender(SimEngine):
     """A prefill engine that looks only now and then whether it is still being read: a real NIXL agent needs
     thousands of looks a second to get on, the simulated one needs none. Messages wake it as ever."""
 
@@ -136,12 +136,14 @@ class Measured(Weather):
 
     def __init__(self, table: CostTable) -> None:
         self._seconds = step_clock(table)
+        self._lending = 1.0 if table.transfer is None else table.transfer.lending
         self.steps: dict[str, int] = {}
         self.busy_s: dict[str, float] = {}
 
     def step_seconds(self, engine: SimEngine, plan: Plan) -> float:
         """See `Weather`."""
         seconds, name = self._seconds(plan.rows), engine.host
+        seconds *= self._lending if isinstance(engine, Lender) else 1.0
         self.steps[name] = self.steps.get(name, 0) + 1
         self.busy_s[name] = self.busy_s.get(name, 0.0) + seconds
         return seconds
@@ -253,7 +255,7 @@ class _Cluster:
         )
         self._sources[name], self._preempted[name] = PromptTokenStats.empty(), 0
         device = NoModel(shape.num_pages, shape.page_size)
-        make = Unhurried if role == "prefill" else SimEngine
+        make = Lender if role == "prefill" else SimEngine
         return make(node, self._around, device, epoch=f"{number:032x}", recorder=self._look)
 
     def _look(self, engine: SimEngine, inputs: Inputs, plan: Plan) -> None:

@@ -73,6 +73,19 @@ def test_a_slower_network_costs_its_seconds():
     assert late.ttft - fast.ttft == pytest.approx(1.0, abs=0.05)
 
 
+def test_an_engine_that_lends_is_slower_by_its_factor():
+    costs = quiet()
+    assert costs.transfer is not None
+    lending = replace(costs, transfer=replace(costs.transfer, lending=1.5))
+    one = trace(arrival(0, 100, 3))
+    before, after = (simulate(one, table, prefill=1, decode=1).engines for table in (costs, lending))
+    assert after[0].busy_s == pytest.approx(1.5 * before[0].busy_s)
+    assert after[1].busy_s == pytest.approx(before[1].busy_s)
+    assert simulate(one, lending, prefill=0, decode=1).engines[0].busy_s == pytest.approx(
+        simulate(one, costs, prefill=0, decode=1).engines[0].busy_s
+    )
+
+
 def test_common_prefixes_are_computed_once():
     """Whole pages of the common part are found by the requests behind the first."""
     common, pages = 50, 50 // PAGE_SIZE * PAGE_SIZE

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import httpx
@@ -29,17 +30,22 @@ from tests.sim.tables import PAGE_BYTES, PAGE_SIZE, table
 PAIR = Pair(router="http://r", prefill="http://p", decode="http://d")
 
 
-def last_token(tokens: int) -> Rows:
+def chunk(start: int, count: int) -> Rows:
     one = np.ones(1, np.int32)
     return Rows(
         slots=0 * one,
-        starts=one * (tokens - 1),
-        lens=one,
+        starts=one * start,
+        lens=one * count,
         samples=one > 0,
         num_outputs=0 * one,
-        tokens=one,
+        tokens=np.zeros(count, np.int32),
         page_tables=(np.zeros((1, 1), np.int32),),
     )
+
+
+def prefill_s(tokens: int, seconds: Callable[[Rows], float]) -> float:
+    """Chunks of the budget, 64 tokens."""
+    return sum(seconds(chunk(start, min(64, tokens - start))) for start in range(0, tokens, 64))
 
 
 def load_s(tokens: int, fixed: float, message: float, rate: float) -> float:
@@ -47,19 +53,26 @@ def load_s(tokens: int, fixed: float, message: float, rate: float) -> float:
     return fixed + moved + MESSAGES * message + WAKES * LATENESS_S
 
 
-@given(st.floats(0, 0.1), st.floats(0, 0.1), st.floats(1e3, 1e9), st.floats(0, 1), st.floats(0, 1))
-def test_known_costs_are_found_again(fixed, message, rate, server, router):
+@given(
+    st.floats(0, 0.1),
+    st.floats(0, 0.1),
+    st.floats(1e3, 1e9),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0.8, 3),
+)
+def test_known_costs_are_found_again(fixed, message, rate, server, router, lending):
     seconds = step_clock(table())
     through = [
         Seen(
             prompt_tokens=tokens,
-            client_s=2 * server + router + 3.0 + decode_s,
-            prefill_s=3.0,
+            client_s=2 * server + router + lending * prefill_s(tokens, seconds) + decode_s,
+            prefill_s=lending * prefill_s(tokens, seconds),
             decode_s=decode_s,
             read_s=fixed,
         )
         for tokens in LENGTHS
-        if (decode_s := load_s(tokens, fixed, message, rate) + seconds(last_token(tokens)))
+        if (decode_s := load_s(tokens, fixed, message, rate) + seconds(chunk(tokens - 1, 1)))
     ]
     made = costs_of(through, [server], table())
     assert made.transfer is not None and made.http is not None
@@ -67,6 +80,7 @@ def test_known_costs_are_found_again(fixed, message, rate, server, router):
     assert made.transfer.message_s == pytest.approx(message, abs=1e-4)
     if rate < 1e7:  # beyond, the bytes take less than the rest can be told from
         assert made.transfer.bytes_per_s == pytest.approx(rate, rel=0.05)
+    assert made.transfer.lending == pytest.approx(max(1.0, lending))
     assert made.http.server_s == pytest.approx(server)
     assert made.http.router_s == pytest.approx(router, abs=1e-9)
 
