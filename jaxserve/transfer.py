@@ -16,7 +16,7 @@ from kv.auth import AuthKeyError, is_loopback, load_key
 from kv.channel import ChannelError
 from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig, nixl_leaf
 from kv.copies import PointerCopies, ProgramCopies
-from kv.digest import DIGEST_NAME
+from kv.digest import DIGEST_NAME, digest_rows
 from kv.driver import PageCopies
 from kv.host import HostDriver
 from kv.layout import derive_cpu_config, describe_pool
@@ -145,6 +145,7 @@ def open_door(
                     copies,
                     wake=movers.wake,
                     clock=time.monotonic,
+                    digest=digest_rows if entry.digest else None,
                 )
             except ValueError as error:
                 movers.close()

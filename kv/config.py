@@ -42,7 +42,7 @@ class ConnectorConfig:
         lazy_offload: SimpleCPUOffloadConnector stores pages only when they are about to be evicted.
         lease_s: seconds that a NIXL lease lives without a heartbeat.
         transfer_timeout_s: deadline of one transfer.
-        digest: check a digest of every page that arrives.
+        digest: check a digest of every page that arrives; a host tier does so only if it is asked to.
         compose: MultiConnector may take a prefix from one child and the rest from others.
         children: of a MultiConnector, in order.
         host_slots: pages of a host tier; filled in when the page's bytes are known.
@@ -105,8 +105,8 @@ def _no_constant(name: str) -> Any:
 _KEYS = ("kv_connector", "kv_role", "engine_id", "kv_load_failure_policy", "kv_connector_extra_config")
 _EXTRA: dict[str, tuple[str, ...]] = {
     NIXL: ("kv_lease_duration", "transfer_timeout", "digest", "backends"),
-    OFFLOADING: ("cpu_bytes_to_use", "block_size", "eviction_policy", "offload_prompt_only"),
-    SIMPLE_CPU: ("cpu_bytes_to_use", "lazy_offload"),
+    OFFLOADING: ("cpu_bytes_to_use", "block_size", "eviction_policy", "offload_prompt_only", "digest"),
+    SIMPLE_CPU: ("cpu_bytes_to_use", "lazy_offload", "digest"),
     MULTI: ("connectors", "compose"),
 }
 _IGNORED = ("kv_buffer_device", "kv_rank", "kv_parallel_size", "kv_port", "kv_ip", "kv_buffer_size")
@@ -204,12 +204,14 @@ def _with_extra(config: ConnectorConfig, extra: Mapping[str, Any], where: str) -
                 block_size=number("block_size", 0, whole=True, least=0),
                 eviction_policy=policy,
                 offload_prompt_only=flag("offload_prompt_only", True),
+                digest=flag("digest", False),
             )
         case "SimpleCPUOffloadConnector":
             return replace(
                 config,
                 cpu_bytes=number("cpu_bytes_to_use", DEFAULT_CPU_BYTES, whole=True, least=1),
                 lazy_offload=flag("lazy_offload", False),
+                digest=flag("digest", False),
             )
         case _:
             children = extra.get("connectors")

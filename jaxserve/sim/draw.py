@@ -41,7 +41,7 @@ def draw(clockwork: Clockwork) -> Setup:
         size = 2 * page_size if larger and name in decode else page_size
         fits = -(-max_model_len // size) * len(windows) + 2
         num_pages = fits + chance.randint(0, 3) if tiny else fits + chance.randint(0, max(0, 63 - fits))
-        transfer, crowded = _transfer(chance, role, name in alone, num_pages, timing)
+        transfer, crowded = _transfer(chance, role, name in alone, num_pages, timing, digest_host)
         full = full or crowded
         nodes.append(
             Node(
@@ -63,7 +63,6 @@ def draw(clockwork: Clockwork) -> Setup:
                 page_shape=(LAYERS, 2, HEADS, size, HEAD_DIM),
                 item_bytes=ITEM,
                 max_num_queued_reqs=chance.choice((4, 16, 64)),
-                host_digest=digest_host,
             )
         )
         seqs = nodes[-1].scheduler.max_num_seqs
@@ -103,7 +102,12 @@ def _habits(chance: Random, max_model_len: int) -> Habits:
 
 
 def _transfer(
-    chance: Random, role: str, alone: bool, num_pages: int, timing: dict[str, float | str | bool]
+    chance: Random,
+    role: str,
+    alone: bool,
+    num_pages: int,
+    timing: dict[str, float | str | bool],
+    digest_host: bool,
 ) -> tuple[ConnectorConfig | None, bool]:
     """The connectors of one engine, and whether its host tier is small."""
     crowded = chance.random() < 0.3
@@ -117,6 +121,7 @@ def _transfer(
         eviction_policy=chance.choice(("lru", "arc")),
         offload_prompt_only=chance.random() < 0.5,
         lazy_offload=chance.random() < 0.5,
+        digest=digest_host,
     )
     if host.kind == OFFLOADING and slots >= 4 and chance.random() < 0.3:
         host = replace(host, pages_per_chunk=2)

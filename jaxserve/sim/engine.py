@@ -76,7 +76,6 @@ class Node:
     Attributes:
         name: of its host, as others reach it; with `engine_id` its identity.
         port: of its first rank's side channel.
-        host_digest: host tiers check what they load.
     """
 
     name: str
@@ -88,7 +87,6 @@ class Node:
     max_num_queued_reqs: int = 64
     page_shape: tuple[int, int, int, int, int]
     item_bytes: int
-    host_digest: bool = False
 
     @property
     def nixl(self) -> ConnectorConfig | None:
@@ -302,7 +300,7 @@ class SimEngine:
             wake=self.nudge,
             clock=self.clock,
             executor=lambda drain: self._copy_later(rank, drain),
-            digest=digest_rows if self.node.host_digest else None,
+            digest=digest_rows if leaf.digest else None,
         )
         self.hosts.setdefault(index, []).append(driver)
         return driver

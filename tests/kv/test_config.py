@@ -66,7 +66,7 @@ def test_defaults() -> None:
     assert (plain.failure_policy, plain.engine_id, plain.digest) == ("recompute", "", True)
     assert (plain.lease_s, plain.transfer_timeout_s) == (30.0, 30.0)
     tier = read(simple())
-    assert (tier.cpu_bytes, tier.lazy_offload) == (DEFAULT_CPU_BYTES, False)
+    assert (tier.cpu_bytes, tier.lazy_offload, tier.digest) == (DEFAULT_CPU_BYTES, False, False)
     assert nixl_leaf(tier) is None
 
 
@@ -78,6 +78,7 @@ def test_extra_keys() -> None:
     assert (tier.cpu_bytes, tier.block_size, tier.eviction_policy) == (1_000_000, 64, "arc")
     assert not tier.offload_prompt_only
     assert read(offloading()).offload_prompt_only
+    assert read(offloading(1e6, digest=True)).digest and read(simple(digest=True)).digest
     assert read(simple(lazy_offload=True, cpu_bytes_to_use=1)).lazy_offload
 
 
