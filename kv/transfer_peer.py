@@ -78,6 +78,7 @@ class Peer:
         self._greeting = False
         self._suspect = False
         self._silent = 0
+        self._asking = False
         self._heartbeat_at: float | None = None
         self._knocked_at = 0.0
 
@@ -261,6 +262,11 @@ class Peer:
 
     def _post(self, fetch: Fetch, now: float) -> None:
         assert self._agent is not None and self._welcome is not None
+        if self._silent >= SILENT_HEARTBEATS:  # a read would only end up in quarantine: ask first
+            if not self._asking:
+                self._asking = True
+                self._beat([fetch.source])
+            return
         fetch.take_batch(self._free_rows if self._staging is not None else None)
         if not fetch.batch:
             if fetch.finished:
@@ -363,6 +369,7 @@ class Peer:
             self._parts.ask(self.host, self.port, message, CALL_S, self._heard)
 
     def _heard(self, answer: Message | ChannelError, now: float) -> None:
+        self._asking = False
         if isinstance(answer, ChannelError):
             self._silent += 1
             if self._silent >= SILENT_HEARTBEATS:

@@ -24,9 +24,11 @@ AGENTS_AGAIN_S = 1.0
 """Between attempts to make the agents that NIXL has refused."""
 QUARANTINE_SHARE = 0.05
 QUARANTINE_S = 600.0
+QUARANTINE_LEAST_S = 20.0
 """Pages in quarantine, as a share of the pool, and for how long: beyond either, the agent of the peer that
-keeps most of them there is deleted, which ends its transfers for certain. That is a last resort: a peer that
-was only stopped was seen to die of it in UCX when it resumed, while left alone its reads just end."""
+keeps most of them there is deleted, which ends its transfers for certain. That is a last resort, and never
+made earlier than the least: a peer that was only stopped, or cut off, was seen to die of it in UCX when it
+came back within seconds (its answers met a closed socket), while left alone its reads just end."""
 
 
 class Transfers:
@@ -246,10 +248,11 @@ class Transfers:
     def _keep_quarantine(self, now: float) -> None:
         while True:
             full = self.quarantined_pages > self._quarantine_pages_max
-            old = [p for p in self._peers.values() if any(now - s.since_s >= QUARANTINE_S for s in p.stuck)]
-            if not (full or old):
+            least = QUARANTINE_LEAST_S if full else QUARANTINE_S
+            old = [p for p in self._peers.values() if any(now - s.since_s >= least for s in p.stuck)]
+            if not old:
                 return
-            worst = old[0] if old else max(self._peers.values(), key=_stuck_pages)
+            worst = max(old, key=_stuck_pages)
             worst.destroy("the peer's agent was deleted to end transfers that hang")
             self.recycled += 1
 

@@ -8,7 +8,7 @@ import pytest
 from jaxserve.sim.fake_nixl import Fault
 from kv.config import CONSUMER
 from kv.moves import LeaseRead, LeaseTouched, Loaded, NotificationFailed, Safe, Track, Unlease, Untrack
-from kv.transfers import QUARANTINE_S
+from kv.transfers import QUARANTINE_LEAST_S, QUARANTINE_S
 from kv.wire import Confirm, Done, Heartbeat, Hello
 from tests.kv.pair import PORT_D, PORT_P, Engine, Pair, only_loaded
 
@@ -247,7 +247,29 @@ def test_a_peer_that_leaves_two_heartbeats_unanswered_is_held_to_be_stopped() ->
     assert not loaded.safe and "heartbeats" in str(loaded.error)
 
 
-@pytest.mark.parametrize(("budget", "wait_s"), [(1, 0.0), (2, QUARANTINE_S - 0.1)])
+def test_nothing_more_is_read_from_a_peer_that_leaves_heartbeats_unanswered_until_it_answers() -> None:
+    """Each such read would only add to the quarantine."""
+    pair = Pair()
+    pair.network.pause(pair.serving)
+    source = pair.p.lease("r", [5], 4)
+    pair.d.transfers.start([Track(connector=0, request_id="d1", source=source)], 0.0)
+    pair.load(source, [20])
+    pair.until_read()
+    pair.wire.silent = {PORT_P}
+    assert not only_loaded(pair.run(150, 0.1)).safe
+    pair.load(pair.p.lease("r2", [6], 4), [21], move_id=2)
+    second = only_loaded(pair.run(60, 0.1))
+    assert second.safe and (second.num_pages, second.stage) == (0, "transfer")
+    assert pair.d.transfers.quarantined_pages == 1, "the second was never posted"
+    pair.wire.silent = set()
+    pair.network.resume(pair.serving)
+    pair.load(pair.p.lease("r3", [7], 4), [22], move_id=3)
+    third = only_loaded(pair.run())
+    assert (third.num_pages, third.error, third.retries) == (1, None, 0), "it is asked first, and then read"
+    assert np.array_equal(pair.d.pool.rows[22], pair.p.pool.rows[7])
+
+
+@pytest.mark.parametrize(("budget", "wait_s"), [(1, QUARANTINE_LEAST_S - 0.1), (2, QUARANTINE_S - 0.1)])
 def test_a_full_or_old_quarantine_ends_with_the_agents_deletion(budget: int, wait_s: float) -> None:
     pair = Pair(quarantine_pages_max=budget)
     pair.network.pause(pair.serving)
@@ -256,9 +278,8 @@ def test_a_full_or_old_quarantine_ends_with_the_agents_deletion(budget: int, wai
     (agent,) = pair.reading
     events = [event for event in pair.tick(30.0)]
     loaded = only_loaded(events)
-    if wait_s:
-        assert events == [loaded] and not pair.tick(wait_s)
-        events += pair.tick(0.2)
+    assert events == [loaded] and not pair.tick(wait_s)
+    events += pair.tick(0.2)
     assert events == [loaded, Safe(move_id=1)] and not loaded.safe
     assert agent not in pair.network.agents and pair.d.transfers.recycled == 1
     pair.d.pool.rows[[20, 21]] = 3  # the pages have another owner now
@@ -276,7 +297,8 @@ def test_other_loads_of_a_peer_whose_agent_is_deleted_fail_safely_and_those_of_o
     pair.network.pause(pair.serving)
     pair.load(pair.p.lease("r", [5, 9], 8), [20, 21])
     pair.until_read()
-    pair.tick(20.0)
+    pair.tick(30.0)
+    pair.tick(QUARANTINE_LEAST_S - 10.0)
     pair.load(pair.p.lease("r2", [6], 4), [22], move_id=2)
     pair.tick()
     pair.tick(9.999)
