@@ -235,7 +235,8 @@ class Peer:
         except AgentError as error:
             return str(error)
         if ratio > 1:
-            rows = max(ratio, STAGING_BYTES // page_bytes)
+            wanted = ratio * self._parts.regions[0].num_pages  # more could never be of use
+            rows = max(ratio, min(STAGING_BYTES // page_bytes, wanted))
             self._staging = np.zeros((rows, page_bytes), np.uint8)
             self._free_rows = list(range(rows))
         try:

@@ -249,7 +249,8 @@ class FakeNixlNetwork:
             copies = 2
         self._lives[target].notifs += [(self._lives[sender].name, message)] * copies
 
-    def _deleted(self, life_id: str) -> None:
+    def deleted(self, life_id: str) -> None:
+        """An agent is gone, and with it what its transfers would still write."""
         if self._lives[life_id].state != "dead":
             self._lives[life_id].state = "deleted"
         self._transfers = [
@@ -265,7 +266,8 @@ class FakeNixlAgent:
         self._id = life_id
         self._life = network._lives[life_id]
         self.name = self._life.name
-        weakref.finalize(self, network._deleted, life_id)
+        # By weak reference: what is registered here would live as long as the agent, and all it refers to.
+        weakref.finalize(self, _deleted, weakref.ref(network), life_id).atexit = False
 
     def set_cycles_before_xfer_done(self, cycles: int) -> None:
         """See `FakeNixlNetwork.set_cycles_before_xfer_done`."""
@@ -450,3 +452,9 @@ def _descs(descs: Sequence[Sequence[int | str]] | np.ndarray, mem_type: str | No
     if mem_type not in ("DRAM", "VRAM"):
         raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
     return [(int(row[0]), int(row[1]), int(row[2])) for row in descs]
+
+
+def _deleted(network: "weakref.ref[FakeNixlNetwork]", life_id: str) -> None:
+    alive = network()
+    if alive is not None:
+        alive.deleted(life_id)
