@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         )
     host_s, host_row_s = measure_host(scheduler, parts.limits, tokenizer=parts.tokenizer)
     table = CostTable(
-        measured=f"{datetime.now(UTC):%Y-%m-%d}, {shlex.join(['jaxserve', *args.given])}",
+        measured=f"{datetime.now(UTC):%Y-%m-%d}, {command_of(args)}",
         machine=machine(),
         engine=EngineShape(
             model=args.model,
@@ -162,6 +162,14 @@ def run(args: argparse.Namespace) -> int:
         write_table(args.output, table)
     print(table_text(table))
     return 0
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command as others may want to repeat it: without this machine's files and addresses."""
+    words = ["jaxserve", "bench", "steps", args.model, "--output", "FILE"]
+    words += [word for option in args.engine for word in ("--engine", option)]
+    words += ["--contexts", *map(str, args.contexts), "--repetitions", str(args.repetitions)]
+    return shlex.join(words + ([] if args.pair is None else ["--pair", "ROUTER", "PREFILL", "DECODE"]))
 
 
 def shapes_of(bucket: Bucket, contexts: Iterable[int], *, max_len: int) -> list[Shape]:
