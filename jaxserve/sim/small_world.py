@@ -18,6 +18,7 @@ by their time, an explorer chooses among all that can come now. What can come:
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from random import Random
 from typing import Any
 
 from jaxserve.sim.clients import Clients, Habits
@@ -60,6 +61,13 @@ from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig
 from scheduler.types import Inputs, Limits, Plan, SamplingParams, SchedulerConfig
 
 
+class _Still(Random):
+    """Chance that always gives the same, so that no state hides in it."""
+
+    def random(self) -> float:
+        return 0.0
+
+
 @cache
 def _tokenizer() -> SimTokenizer:
     """One for all worlds: it never fails here, and so has no state."""
@@ -77,6 +85,7 @@ class SmallWorld:
     def __init__(self, variant: Variant, choose: Choose) -> None:
         self.variant = variant
         self.clockwork = Steered()
+        self.clockwork.chance = _Still(0)
         self.fault: str | None = None
         self.ended: list[str | None] = [None, None]
         self.open: dict[str, Callable[[], None]] = {}

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 from jaxserve.sim.clockwork import Clockwork, Owner, Timer
@@ -118,19 +117,11 @@ class Scheduled(Timer):
     __slots__ = ("kind", "to")
 
 
-class _Still(Random):
-    """Chance that always gives the same, so that no state hides in it."""
-
-    def random(self) -> float:
-        return 0.0
-
-
 class Steered(Clockwork):
     """A clockwork that does not run: whoever steers takes events from `pending`, in any order."""
 
     def __init__(self) -> None:
         super().__init__(0)
-        self.chance = _Still(0)
         self.pending: list[Scheduled] = []
 
     def after(
