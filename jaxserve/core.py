@@ -150,7 +150,7 @@ class EngineCore:
         """Ends all moves, and tells every request that the engine has ended."""
         self._movers.close()
         for live in self.inbox.end():
-            for index in range(live.request.sampling.n):
+            for index in set(range(live.request.sampling.n)) - live.ended:
                 ended = error_end(live.request.request_id, index, "the engine has stopped")
                 try:
                     live.sink(live.delta(index, ended=ended))

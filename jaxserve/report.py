@@ -185,6 +185,7 @@ class Reporter:
 
     def _close(self, live: LiveRequest, ended: Finished, now: float) -> None:
         live.left -= 1
+        live.ended.add(ended.index)
         try:
             self.stats = observe_finished(self.stats, live.finished_record(ended, now))
         except ValueError:  # numbers that contradict each other cost one observation, not the loop

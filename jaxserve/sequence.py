@@ -80,6 +80,7 @@ class LiveRequest:
     Attributes:
         arrival_s, queued_s: monotonic seconds.
         left: sequences that have not ended.
+        ended: the indices of those that have, as its client was told.
         prompt_logprobs: one per prompt position, filled as chunks are computed.
         failed: its text could not be made; nothing more of it is told but its end.
     """
@@ -97,6 +98,7 @@ class LiveRequest:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     admitted: bool = False
     failed: bool = False
+    ended: set[int] = field(default_factory=set)
 
     def sequence(self, index: int) -> LiveSequence:
         """The sequence, made on first use."""

@@ -29,7 +29,7 @@ from tests.e2e.connectors.fleet import (
     until,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.connectors]
+pytestmark = [pytest.mark.e2e, pytest.mark.connectors, pytest.mark.timeout(900)]
 
 FAILURES = "vllm:nixl_num_failed_transfers_total"
 EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"

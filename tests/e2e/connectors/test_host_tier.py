@@ -4,7 +4,7 @@ import pytest
 
 from tests.e2e.connectors.eviction import evict_and_restore
 
-pytestmark = [pytest.mark.e2e, pytest.mark.connectors]
+pytestmark = [pytest.mark.e2e, pytest.mark.connectors, pytest.mark.timeout(900)]
 
 
 def test_a_prompt_that_left_the_device_of_p_comes_back_from_offloading_connector(pair128, prompts):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.connectors.fleet import Node, Pair, ask, at_rest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.connectors]
+pytestmark = [pytest.mark.e2e, pytest.mark.connectors, pytest.mark.timeout(900)]
 
 WINDOW_S = 10.0
 WINDOWS = 3

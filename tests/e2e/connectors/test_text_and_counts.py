@@ -22,7 +22,7 @@ from tests.e2e.connectors.fleet import (
     tiers,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.connectors]
+pytestmark = [pytest.mark.e2e, pytest.mark.connectors, pytest.mark.timeout(900)]
 
 VLLM_KEYS = {
     *("do_remote_prefill", "do_remote_decode", "remote_block_ids", "remote_engine_id", "remote_request_id"),
