@@ -3,8 +3,8 @@
 Requests go one at a time through the router and to the servers. A client sees the whole; the servers' metrics
 say how much of it was the engines'. What is left are HTTP and the router; what the decode engine takes until
 its first token, beyond the one step that it computes, are the transfer and its messages; and what the prefill
-engine takes over its steps is what lending costs it. Then the decode server streams to several clients at
-once: what a token takes beyond its step is the host's.
+engine takes over its steps, while the decode server works, is what lending costs it. And the decode server
+streams to several clients at once: what a token takes beyond its step is the host's.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import httpx
@@ -33,7 +34,7 @@ MESSAGES = 4
 WAKES = 8
 """Of threads on the way of a load, which a simulation has too."""
 
-STREAM_PROMPT_TOKENS, STREAM_TOKENS = 16, 40
+STREAM_PROMPT_TOKENS, STREAM_TOKENS, WORK_TOKENS = 16, 40, 400
 
 NO_SLOWER_THAN = 1e12
 """Bytes per second, where the measured times do not grow with the bytes."""
@@ -50,6 +51,15 @@ class Pair:
     router: str
     prefill: str
     decode: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """How requests are sent. Attributes: model: its name there. transport: None: the network."""
+
+    model: str
+    transport: httpx.BaseTransport | None
+    clock: Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,19 +99,28 @@ def measure_pair(
     try:
         with httpx.Client(timeout=600, trust_env=False, transport=transport) as client:
             model = client.get(f"{pair.prefill}/v1/models").raise_for_status().json()["data"][0]["id"]
+            network = Network(model=model, transport=transport, clock=clock)
             through = [
-                _through(client, pair, model, tokens, seed, clock)
+                _through(client, pair, network, tokens, seed)
                 for seed in range(ROUNDS + 1)
                 for tokens in lengths
             ][len(lengths) :]  # the first round connects the two
+            most = table.engine.max_num_seqs
             streams = [
-                (rows, statistics.median(asyncio.run(_gaps(pair.decode, model, rows, transport, clock))))
-                for rows in sorted({1, max(1, table.engine.max_num_seqs // 2), table.engine.max_num_seqs})
+                (rows, statistics.median(asyncio.run(_gaps(network, pair.decode, rows, STREAM_TOKENS))))
+                for rows in sorted({1, max(1, most // 2), most})
             ]
-            alone = [_alone(client, pair.prefill, model, seed, clock) for seed in range(ROUNDS + 1)][1:]
+            at_work: list[Seen] = []
+            with ThreadPoolExecutor(1) as pool:
+                busy = pool.submit(asyncio.run, _gaps(network, pair.decode, max(1, most // 2), WORK_TOKENS))
+                while not (at_work and busy.done()):
+                    seed = ROUNDS + 1 + len(at_work)
+                    at_work += [_through(client, pair, network, tokens, seed) for tokens in lengths]
+                busy.result()
+            alone = [_alone(client, pair.prefill, network, seed) for seed in range(ROUNDS + 1)][1:]
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
         raise PairError(f"the pair could not be measured: {error}") from error
-    return costs_of(through, alone, with_streams(streams, table))
+    return costs_of(through, alone, with_streams(streams, table), at_work=at_work)
 
 
 def with_streams(streams: Sequence[tuple[int, float]], table: CostTable) -> CostTable:
@@ -114,12 +133,15 @@ def with_streams(streams: Sequence[tuple[int, float]], table: CostTable) -> Cost
     return replace(table, host_s=host_s, host_row_s=host_row_s)
 
 
-def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) -> CostTable:
+def costs_of(
+    through: Sequence[Seen], alone: Sequence[float], table: CostTable, *, at_work: Sequence[Seen]
+) -> CostTable:
     """The table with what these requests say.
 
     Args:
         through: of requests through the router.
         alone: seconds of a server's own, beyond its engine's.
+        at_work: of requests through the router while the decode server generates for others.
     """
     seconds, engine = step_clock(table), table.engine
     columns: list[list[float]] = []
@@ -134,7 +156,7 @@ def costs_of(through: Sequence[Seen], alone: Sequence[float], table: CostTable) 
     smallest = min(seen.prompt_tokens for seen in through)
     read = statistics.median(seen.read_s for seen in through if seen.prompt_tokens == smallest)
     fixed = min(read, constant)
-    slower = [seen.prefill_s / _prefill_s(seen.prompt_tokens, table) for seen in through]
+    slower = [seen.prefill_s / _prefill_s(seen.prompt_tokens, table) for seen in at_work]
     server = max(0.0, statistics.median(alone))
     outside = statistics.median(seen.client_s - seen.prefill_s - seen.decode_s for seen in through)
     return replace(
@@ -176,18 +198,12 @@ def _rows(rows: int, start: int, count: int) -> Rows:
     )
 
 
-async def _gaps(
-    url: str,
-    model: str,
-    rows: int,
-    transport: httpx.BaseTransport | None,
-    clock: Callable[[], float],
-) -> list[float]:
+async def _gaps(network: Network, url: str, rows: int, tokens: int) -> list[float]:
     """Seconds between the tokens of so many streams at once."""
-    endpoint = Endpoint(label="", url=f"{url}/v1", model=model)
-    ask = Ask(chat=False, output_len=STREAM_TOKENS, ignore_eos=True, extra={"return_token_ids": True})
+    endpoint, clock = Endpoint(label="", url=f"{url}/v1", model=network.model), network.clock
+    ask = Ask(chat=False, output_len=tokens, ignore_eos=True, extra={"return_token_ids": True})
     prompts = random_prompts(rows, STREAM_PROMPT_TOKENS, seed=rows)
-    shared = transport if isinstance(transport, httpx.AsyncBaseTransport) else None
+    shared = network.transport if isinstance(network.transport, httpx.AsyncBaseTransport) else None
     async with httpx.AsyncClient(timeout=None, trust_env=False, transport=shared) as client:
         records = await asyncio.gather(
             *(request(client, endpoint, ask, prompt, due=clock(), clock=clock) for prompt in prompts)
@@ -198,13 +214,11 @@ async def _gaps(
     return [gap for record in records for gap in record.itl]
 
 
-def _through(
-    client: httpx.Client, pair: Pair, model: str, tokens: int, seed: int, clock: Callable[[], float]
-) -> Seen:
+def _through(client: httpx.Client, pair: Pair, network: Network, tokens: int, seed: int) -> Seen:
     ended = "vllm:e2e_request_latency_seconds_sum"
     first, read = "vllm:time_to_first_token_seconds_sum", "vllm:nixl_xfer_time_seconds_sum"
     before = series(client, pair.prefill), series(client, pair.decode)
-    client_s = _first_token(client, pair.router, (model, tokens, 10_000 * seed + tokens), clock)
+    client_s = _first_token(client, pair.router, (tokens, 10_000 * seed + tokens), network)
     after = series(client, pair.prefill), series(client, pair.decode)
     if after[1].get(read, 0.0) <= before[1].get(read, 0.0):
         raise ValueError(f"{pair.decode} has read no pages for a request through {pair.router}")
@@ -217,27 +231,25 @@ def _through(
     )
 
 
-def _alone(client: httpx.Client, url: str, model: str, seed: int, clock: Callable[[], float]) -> float:
+def _alone(client: httpx.Client, url: str, network: Network, seed: int) -> float:
     """Seconds of a short request at a server, beyond its engine's."""
     first = "vllm:time_to_first_token_seconds_sum"
     before = series(client, url)
-    client_s = _first_token(client, url, (model, 16, 10_000 * seed), clock)
+    client_s = _first_token(client, url, (16, 10_000 * seed), network)
     return client_s - (series(client, url)[first] - before[first])
 
 
-def _first_token(
-    client: httpx.Client, url: str, ask: tuple[str, int, int], clock: Callable[[], float]
-) -> float:
+def _first_token(client: httpx.Client, url: str, drawn: tuple[int, int], network: Network) -> float:
     """Seconds to the first streamed token of a prompt that nobody has seen; the answer is read to its end.
 
     Args:
-        ask: model, tokens of the prompt, and what it is drawn from.
+        drawn: tokens of the prompt, and the seed of them.
     """
-    model, tokens, seed = ask
+    tokens, seed = drawn
     (prompt,) = random_prompts(1, tokens, seed=seed)
-    body = {"model": model, "prompt": list(prompt.token_ids or ()), "max_tokens": 2, "temperature": 0}
+    body = {"model": network.model, "prompt": list(prompt.token_ids or ()), "max_tokens": 2, "temperature": 0}
     body |= {"stream": True, "ignore_eos": True, "return_token_ids": True}
-    began, took = clock(), None
+    began, took = network.clock(), None
     with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
@@ -246,7 +258,7 @@ def _first_token(
                 and line.startswith("data: {")
                 and json.loads(line[6:])["choices"][0]["token_ids"]
             ):
-                took = clock() - began
+                took = network.clock() - began
     if took is None:
         raise ValueError(f"{url} gave no token")
     return took

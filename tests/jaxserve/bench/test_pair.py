@@ -66,15 +66,16 @@ def test_known_costs_are_found_again(fixed, message, rate, server, router, lendi
     through = [
         Seen(
             prompt_tokens=tokens,
-            client_s=2 * server + router + lending * prefill_s(tokens, seconds) + decode_s,
-            prefill_s=lending * prefill_s(tokens, seconds),
+            client_s=2 * server + router + prefill_s(tokens, seconds) + decode_s,
+            prefill_s=prefill_s(tokens, seconds),
             decode_s=decode_s,
             read_s=fixed,
         )
         for tokens in LENGTHS
         if (decode_s := load_s(tokens, fixed, message, rate) + seconds(chunk(tokens - 1, 1)))
     ]
-    made = costs_of(through, [server], table())
+    slower = [replace(seen, prefill_s=lending * seen.prefill_s) for seen in through]
+    made = costs_of(through, [server], table(), at_work=slower)
     assert made.transfer is not None and made.http is not None
     assert made.transfer.fixed_s == pytest.approx(fixed, abs=1e-5)
     assert made.transfer.message_s == pytest.approx(message, abs=1e-4)
