@@ -25,6 +25,7 @@ print(json.dumps([run_seed(seed, 300).trace for seed in range(6)]))
 """
 
 
+@pytest.mark.worlds
 @pytest.mark.timeout(900)
 def test_two_hundred_worlds_break_no_law(capsys):
     """Their number and speed are printed; what a bad seed needs to be run again is in the report."""
