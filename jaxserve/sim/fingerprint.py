@@ -214,7 +214,6 @@ def _rounds(engine: SimEngine, now: float) -> Print:
         [_event(event, state) for event in desk._events],
         sorted((_move(move_id, state), unanswered) for move_id, unanswered in desk._open.items()),
         desk.ended,
-        min(rounds._idle, 9),
         [_event(event, state) for event in transfers._events],
         sorted(transfers._sources),
         None if transfers._serving is None else transfers._serving.name,

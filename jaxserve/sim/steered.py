@@ -12,8 +12,8 @@ from jaxserve.sim.fake_nixl import Fault
 
 SOON_S = 0.1
 """What is due within so long can happen now, in any order."""
-POLL_S = 1.0
-"""Between rounds that only look; twice as long each time. Whatever ends a transfer may bring one at once."""
+POLL_S = 4.0
+"""Between rounds that only look. Whatever ends a transfer may bring one at once."""
 PAGE_SIZE, PAGES, MAX_LEN = 2, 3, 6
 LEASE_S, TIMEOUT_S = 12.0, 7.0
 MOST_WAITS = 200
@@ -164,7 +164,7 @@ class Calm(Weather):
 
     def poll_seconds(self, engine: SimEngine, idle: int) -> float:
         """See `Weather`."""
-        return 0.0 if any(busy(rounds) for rounds in engine.rounds) else POLL_S * 2 ** min(idle, 8)
+        return 0.0 if any(busy(rounds) for rounds in engine.rounds) else POLL_S
 
 
 def busy(rounds: RoundDriver) -> bool:

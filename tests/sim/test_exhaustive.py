@@ -28,6 +28,14 @@ def test_every_interleaving_without_a_fault_ends_with_two_right_answers(tell: Ca
     assert explored.ends > 0 and explored.states > 500
 
 
+@pytest.mark.slow
+def test_leaving_out_one_order_of_what_commutes_leaves_out_no_state(tell: Callable[..., None]):
+    variant = Variant(outputs=1, faults=())
+    less, all_orders = explore(variant), explore(variant, commuting=False)
+    tell(f"one order: {less}; both: {all_orders}")
+    assert less.states == all_orders.states and less.runs < all_orders.runs
+
+
 def test_pages_of_a_transfer_given_up_that_return_at_once_are_found(monkeypatch: pytest.MonkeyPatch):
     def give_up(self: Peer, fetch: Fetch, now: float, error: str) -> None:
         self._end(fetch, error, "transfer", safe=True)  # as if nobody could write them any more
