@@ -46,7 +46,7 @@ from jaxserve.sim.costs import (
     work_of,
     write_table,
 )
-from jaxserve.sim.what_if import NoModel
+from jaxserve.sim.timed import NoModel
 from jaxserve.text import Tokenizer
 from jaxserve.weights.smollm2 import default_cache_dir
 from scheduler.types import Accepted, Inputs, Limits, Plan, Request, Rows, SamplingParams, SchedulerConfig

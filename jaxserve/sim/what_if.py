@@ -2,47 +2,31 @@
 
 The engines are the simulator's (`jaxserve/sim/engine.py`): the production scheduler, page pool, prefix cache,
 connectors and protocol on a virtual clock, without faults. Steps, transfers, messages and HTTP take what a
-measured table says. Only the model is missing: its tokens mean nothing, so pages are a few bytes each.
+measured table says. Only the model is missing (`jaxserve/sim/timed.py`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from jaxserve.bench.stats import RequestRecord, Slo
-from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.outputs import Delta, EngineError
-from jaxserve.sample import Sampled
-from jaxserve.sim.clockwork import Clockwork, Timer
-from jaxserve.sim.costs import LATENESS_S, CostError, CostTable, HttpCost, TransferCost, step_clock
-from jaxserve.sim.engine import Node, SimEngine, Surroundings, Weather
-from jaxserve.sim.expect import vocabulary
+from jaxserve.sim.clockwork import Clockwork
+from jaxserve.sim.costs import CostError, CostTable, HttpCost, TransferCost
+from jaxserve.sim.engine import Node, SimEngine, Surroundings
 from jaxserve.sim.fake_nixl import FakeNixlNetwork, Fault, Posted
 from jaxserve.sim.report import EngineUse, Report
+from jaxserve.sim.timed import ITEM_BYTES, PAGE_SHAPE, Lender, Measured, NoModel, Wordless
 from jaxserve.sim.traffic import Arrival, Trace
 from jaxserve.sim.wire import Fate, SimWire
-from jaxserve.text import Tokenizer
 from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig
-from kv.driver import Region
 from kv.moves import RemoteSource
 from metrics.stats import PromptTokenStats
 from scheduler.admit import never_fits
-from scheduler.types import FinishReason, Inputs, Limits, Outcome, Plan, Request, SamplingParams
-from scheduler.types import SchedulerConfig as Config
+from scheduler.types import FinishReason, Inputs, Limits, Plan, Request, SamplingParams, SchedulerConfig
 
 QUEUED_REQUESTS = 1024
 """That may wait at an engine, as by default in `jaxserve serve`; beyond, they are refused."""
-
-LOOK_S = 0.05
-"""Between looks of a prefill engine at whether it is still being read."""
-
-TOKEN = 1
-"""What the missing model says, always."""
-
-PAGE_SHAPE = (1, 2, 1, 1)
-"""Layers, K and V, heads and head size of the pages here: they only have to be there."""
 
 
 def simulate(
@@ -74,83 +58,6 @@ def simulate(
         engines=tuple(cluster.uses),
         slo=slo,
     )
-
-
-class Wordless(Tokenizer):
-    """A tokenizer whose tokens have no text."""
-
-    def __init__(self) -> None:
-        super().__init__(vocabulary())
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Nothing."""
-        return b""
-
-
-class NoModel:
-    """`jaxserve.core.DeviceDriver` whose steps compute nothing. Its pool is real memory of small pages."""
-
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        layers, sides, heads, head_dim = PAGE_SHAPE
-        self._pool = np.zeros((num_pages, layers * sides * heads * head_dim * page_size), np.uint16)
-
-    def start(self, plan: Plan, setups: list[SlotSetup], spans: list[PromptSpan]) -> Pending:
-        """Begins a step."""
-        return Pending(step_id=plan.step_id, rows=len(plan.rows), sampled=None)
-
-    def wait(self, pending: Pending) -> Executed:
-        """Ends it."""
-        tokens, nothing = np.full(pending.rows, TOKEN, np.int32), np.zeros((0, 0), np.float32)
-        sampled = Sampled(
-            tokens=tokens,
-            logprobs=nothing,
-            ranks=nothing,
-            top_ids=nothing,
-            top_logprobs=nothing,
-            finite=np.ones(pending.rows, bool),
-        )
-        return Executed(outcome=Outcome(step_id=pending.step_id, tokens=tokens), sampled=sampled)
-
-    def pool_changed(self) -> bool:
-        """Never."""
-        return False
-
-    def regions(self) -> tuple[Region, ...]:
-        """The pool."""
-        page_bytes = self._pool.shape[1] * self._pool.itemsize
-        return (Region(address=self._pool.ctypes.data, page_bytes=page_bytes, num_pages=len(self._pool)),)
-
-
-class Lender(SimEngine):
-    """A prefill engine that looks only now and then whether it is still being read: a real NIXL agent needs
-    thousands of looks a second to get on, the simulated one needs none. Messages wake it as ever."""
-
-    def after(self, delay: float, label: str, action: Callable[[], None]) -> Timer:
-        """See `SimEngine`."""
-        looks = label.startswith("round") and delay > LATENESS_S
-        return super().after(max(delay, LOOK_S) if looks else delay, label, action)
-
-
-class Measured(Weather):
-    """Steps take what a table says. Attributes: steps, busy_s: per engine's name, of its steps so far."""
-
-    def __init__(self, table: CostTable) -> None:
-        self._seconds = step_clock(table)
-        self._lending = 1.0 if table.transfer is None else table.transfer.lending
-        self.steps: dict[str, int] = {}
-        self.busy_s: dict[str, float] = {}
-
-    def step_seconds(self, engine: SimEngine, plan: Plan) -> float:
-        """See `Weather`."""
-        seconds, name = self._seconds(plan.rows), engine.host
-        seconds *= self._lending if isinstance(engine, Lender) else 1.0
-        self.steps[name] = self.steps.get(name, 0) + 1
-        self.busy_s[name] = self.busy_s.get(name, 0.0) + seconds
-        return seconds
-
-    def lateness(self, engine: SimEngine) -> float:
-        """See `Weather`."""
-        return LATENESS_S
 
 
 @dataclass(slots=True, eq=False)
@@ -239,7 +146,7 @@ class _Cluster:
         node = Node(
             name=name,
             engine_id=name,
-            scheduler=Config(
+            scheduler=SchedulerConfig(
                 page_size=shape.page_size,
                 num_pages=shape.num_pages,
                 max_num_seqs=shape.max_num_seqs,
@@ -251,7 +158,7 @@ class _Cluster:
             ),
             max_num_queued_reqs=QUEUED_REQUESTS,
             page_shape=(layers, sides, heads, shape.page_size, head_dim),
-            item_bytes=2,
+            item_bytes=ITEM_BYTES,
         )
         self._sources[name], self._preempted[name] = PromptTokenStats.empty(), 0
         device = NoModel(shape.num_pages, shape.page_size)
@@ -266,7 +173,7 @@ class _Cluster:
     def _transfer_takes(self, posted: Posted) -> Fault:
         """A page is small here; the table knows how large it would be."""
         layers, sides, heads, head_dim = PAGE_SHAPE
-        page_bytes = 2 * layers * sides * heads * head_dim * self._table.engine.page_size
+        page_bytes = ITEM_BYTES * layers * sides * heads * head_dim * self._table.engine.page_size
         pages = posted.num_bytes // page_bytes
         return Fault(cycles=0, seconds=self._transfer.seconds(pages * self._table.engine.page_bytes))
 

@@ -19,7 +19,7 @@ from jaxserve.bench.steps import (
 from jaxserve.cli import main
 from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.sim.costs import BucketCost, step_clock
-from jaxserve.sim.what_if import Wordless
+from jaxserve.sim.timed import Wordless
 from scheduler.types import Limits, Outcome, Plan, SchedulerConfig
 from tests.sim.tables import ROWS, TOKENS, table
 
