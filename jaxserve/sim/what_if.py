@@ -221,9 +221,10 @@ class _Cluster:
     def _submit(
         self, client: _Client, engine: SimEngine, request: Request, sink: Callable[[Delta], None]
     ) -> None:
-        problem = never_fits(engine.node.scheduler, engine.node.limits, request)
-        if problem is not None:
-            return self._end(client, problem)
+        config = engine.node.scheduler
+        if never_fits(config, engine.node.limits, request) is not None:
+            bound = f"{config.max_model_len} tokens a sequence and {config.num_pages} pages"
+            return self._end(client, f"too long for engines of {bound}")
         try:
             engine.submit(request, sink)
         except EngineError as error:

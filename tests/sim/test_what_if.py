@@ -105,7 +105,7 @@ def test_what_never_fits_is_refused_and_the_rest_is_served():
     made = trace(arrival(0, 512, 3), arrival(0, 20, 3))
     for prefill in (0, 1):
         refused, served = simulate(made, table(), prefill=prefill, decode=1).records
-        assert refused.error is not None and "512 tokens" in refused.error
+        assert refused.error == "too long for engines of 512 tokens a sequence and 129 pages"
         assert served.error is None and served.output_tokens == 3
 
 
