@@ -1,5 +1,6 @@
 """Measuring steps finds what they cost, on devices whose costs are known."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from jaxserve.bench.steps import (
 )
 from jaxserve.cli import main
 from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
-from jaxserve.sim.costs import BucketCost, step_clock
+from jaxserve.sim.costs import BucketCost, read_table, step_clock
 from jaxserve.sim.timed import Wordless
 from scheduler.types import Limits, Outcome, Plan, SchedulerConfig
 from tests.sim.tables import ROWS, TOKENS, table
@@ -129,3 +130,22 @@ def test_bad_arguments_are_named_before_anything_is_loaded(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "steps", "no-such-model", *given]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_real_model_is_measured_and_its_table_simulates(tmp_path, capsys):
+    costs, traffic = tmp_path / "costs.json", tmp_path / "traffic.jsonl"
+    options = ("max_num_seqs=2", "max_num_batched_tokens=32", "num_pages=64", "max_model_len=256")
+    flags = [word for option in options for word in ("--engine", option)]
+    given = ["--output", str(costs), "--contexts", "16", "100", "--repetitions", "1", "--disable-tqdm"]
+    assert main(["bench", "steps", "smollm2", *given, *flags]) == 0
+    measured = read_table(costs)
+    assert [(own.tokens, own.rows) for own in measured.buckets] == [(2, 2), (32, 2)]
+    assert all(own.base_s > 0 for own in measured.buckets) and measured.host_s + measured.host_row_s > 0
+    line = {"timestamp": 0, "input_length": 40, "output_length": 4, "hash_ids": [1]}
+    traffic.write_text(json.dumps(line))
+    simulated = ["--trace", str(traffic), "--step-cost", str(costs), "--disable-tqdm"]
+    assert main(["simulate", *simulated, "--prefill", "0"]) == 0
+    assert "1 alone" in capsys.readouterr().out
+    assert main(["simulate", *simulated]) == 2
+    assert "what a transfer costs" in capsys.readouterr().err
