@@ -97,7 +97,7 @@ class Peer:
         if self._heartbeat_at is None:
             self._heartbeat_at = now + self._heartbeat_s
         if self._agent is None and not self._greeting:
-            self._greet(CALL_S)
+            self._greet(min(CALL_S, self._parts.timeout_s))  # a load would wait for it as long as that
 
     def untrack(self, request_id: str, source: RemoteSource) -> None:
         """Tells the peer that the lease may end."""

@@ -209,6 +209,12 @@ class Clients:
             delay = clockwork.chance.expovariate(1.0 / REFUSALS_S)
             clockwork.after(delay, "refused", lambda: then(None, False))
 
+    def probe(self, first: SimEngine, second: SimEngine, length: int, over: list[bool]) -> None:
+        """A prompt that nobody has seen goes through two engines; `over` gets whether it was answered."""
+        prompt = tuple(self._clockwork.chance.randrange(END - 3) for _ in range(length))
+        sampling = SamplingParams(temperature=0.0, max_tokens=2, seed=1, ignore_eos=True)
+        self.split(first, second, prompt, sampling, "", 0, lambda params, ok: over.append(ok))
+
     def repeat(self, engine: SimEngine, times: int) -> None:
         """One client asks the same again and again, without waiting."""
         prompt, sampling, salt, priority = self._draw()

@@ -28,7 +28,8 @@ def draw(clockwork: Clockwork) -> Setup:
         "failure_policy": chance.choice(("recompute", "recompute", "fail")),
         "digest": chance.random() < 0.85,
     }
-    tiny = chance.random() < 0.5
+    kind = chance.choice(("plain", "plain", "crowded", "thrashing"))
+    tiny = kind == "thrashing" or chance.random() < 0.4
     one_name = chance.random() < 0.2
     digest_host = chance.random() < 0.7
     prefill = tuple(f"p{number}" for number in range(chance.choice((1, 1, 2))))
@@ -41,7 +42,7 @@ def draw(clockwork: Clockwork) -> Setup:
         size = 2 * page_size if larger and name in decode else page_size
         fits = -(-max_model_len // size) * len(windows) + 2
         num_pages = fits + chance.randint(0, 3) if tiny else fits + chance.randint(0, max(0, 63 - fits))
-        transfer, crowded = _transfer(chance, role, name in alone, num_pages, timing, digest_host)
+        transfer, crowded = _transfer(chance, role, name in alone, num_pages, timing, digest_host, kind)
         full = full or crowded
         nodes.append(
             Node(
@@ -51,7 +52,7 @@ def draw(clockwork: Clockwork) -> Setup:
                     windows=windows,
                     page_size=size,
                     num_pages=num_pages,
-                    max_num_seqs=chance.choice((1, 2, 4, 6) if role == CONSUMER else (2, 4, 6)),
+                    max_num_seqs=_seqs(chance, kind, role),
                     max_model_len=max_model_len,
                     cache_key="model-a",
                     enable_prefix_caching=chance.random() < 0.85,
@@ -78,24 +79,33 @@ def draw(clockwork: Clockwork) -> Setup:
         nodes=tuple(nodes),
         prefill=prefill,
         decode=decode,
-        rates=draw_rates(clockwork, chance.choice((0.1, 0.3, 0.6)), without=undigested),
+        rates=draw_rates(clockwork, chance.choice((0.2, 0.4, 0.7)), without=undigested),
         lasting=lasting,
-        habits=_habits(chance, max_model_len),
-        num_clients=chance.choice((3, 8, 16)),
+        habits=_habits(chance, kind, max_model_len),
+        num_clients=chance.choice((3, 8, 16) if kind == "plain" else (12, 20)),
         offsets={node.name: chance.uniform(0.0, 3600.0) for node in nodes},
         drift={node.name: chance.uniform(0.99, 1.01) if drift else 1.0 for node in nodes},
     )
 
 
-def _habits(chance: Random, max_model_len: int) -> Habits:
-    most = chance.choice((4, 16, 24))
-    longest = max_model_len - most - 1
+def _seqs(chance: Random, kind: str, role: str) -> int:
+    """Slots: one makes fetched requests wait, many of them use up a tiny pool."""
+    if kind == "thrashing":
+        return chance.choice((4, 6))
+    if kind == "crowded":
+        return 1 if role == CONSUMER else chance.choice((1, 2))
+    return chance.choice((1, 2, 4, 6))
+
+
+def _habits(chance: Random, kind: str, max_model_len: int) -> Habits:
+    most = chance.choice((4, 16, 24) if kind == "plain" else (24, 32))
+    longest = chance.choice((8, 12)) if kind == "thrashing" else max_model_len - most - 1
     return Habits(
         documents=tuple(
             tuple(chance.randrange(END - 3) for _ in range(chance.randint(1, longest))) for _ in range(3)
         ),
-        split=chance.choice((0.4, 0.8, 0.9)),
-        think_s=chance.choice((0.002, 0.02, 0.2)),
+        split=chance.choice((0.4, 0.8) if kind == "plain" else (0.6, 0.8)),
+        think_s=chance.choice((0.002, 0.02, 0.2)) if kind == "plain" else 0.002,
         max_prompt=longest,
         max_tokens=most,
     )
@@ -108,9 +118,10 @@ def _transfer(
     num_pages: int,
     timing: dict[str, float | str | bool],
     digest_host: bool,
+    kind: str,
 ) -> tuple[ConnectorConfig | None, bool]:
     """The connectors of one engine, and whether its host tier is small."""
-    crowded = chance.random() < 0.3
+    crowded = kind != "crowded" and chance.random() < 0.3
     slots = chance.randint(2, 6) if crowded else chance.randint(num_pages, 3 * num_pages)
     policy = str(timing["failure_policy"])
     host = ConnectorConfig(
@@ -135,7 +146,7 @@ def _transfer(
         transfer_timeout_s=float(timing["transfer_timeout_s"]),
         digest=bool(timing["digest"]),
     )
-    if chance.random() < 0.4:
+    if kind != "crowded" and chance.random() < 0.4:
         return nixl, False
     children = (nixl, host) if chance.random() < 0.6 else (host, nixl)
     multi = ConnectorConfig(

@@ -216,11 +216,21 @@ class FakeNixlNetwork:
             for target, _, _ in transfer.copies
         }
 
-    def reads(self, source: str) -> bool:
-        """Whether a transfer from this agent's memory is under way."""
-        return any(
-            not transfer.ended and self._lives[transfer.source].name == source for transfer in self._transfers
-        )
+    def under_way(self) -> list[tuple[str, str, Fault, list[int]]]:
+        """(reader, source, fault, addresses that are read) of every transfer that has not ended, where both
+        agents live."""
+        lives = self._lives
+        return [
+            (
+                lives[transfer.reader].name,
+                lives[transfer.source].name,
+                transfer.fault,
+                [source for _, source, _ in transfer.copies],
+            )
+            for transfer in self._transfers
+            if not transfer.ended
+            and all(lives[end].state in ("alive", "paused") for end in (transfer.reader, transfer.source))
+        ]
 
     def _late(self, transfer: _Transfer) -> bool:
         alive = all(self._lives[end].state == "alive" for end in (transfer.reader, transfer.source))

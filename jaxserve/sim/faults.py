@@ -5,7 +5,7 @@ per event for what strikes an engine, per opportunity (a message, a transfer, a 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.device import StepFate
@@ -26,24 +26,24 @@ class Kind:
 
 
 STRIKES = {
-    "X1": Kind(name="an engine is killed, and X2 comes back at its address", low=0.0006, high=0.006),
+    "X1": Kind(name="an engine is killed, and X2 comes back at its address", low=0.0015, high=0.01),
     "X3": Kind(name="an engine is stopped for a while", low=0.001, high=0.008),
     "X4": Kind(name="an engine is 100 times slower for a while", low=0.001, high=0.006),
-    "X5": Kind(name="an engine comes back with another version of the model", low=0.0004, high=0.003),
+    "X5": Kind(name="an engine comes back with another version of the model", low=0.001, high=0.006),
     "X11": Kind(name="one direction between two hosts is cut for a while", low=0.001, high=0.01),
     "X12": Kind(name="a host's answers are lost for a while", low=0.001, high=0.008),
-    "X19": Kind(name="transfers given up write late", low=0.002, high=0.02),
+    "X19": Kind(name="transfers given up write late", low=0.02, high=0.2),
     "X27": Kind(name="a bit flips in host memory", low=0.002, high=0.02),
     "X33": Kind(name="a client goes away", low=0.002, high=0.03),
     "X35": Kind(name="a request id is used twice", low=0.002, high=0.02),
     "X36": Kind(name="a request is aborted twice", low=0.002, high=0.02),
     "X37": Kind(name="a client repeats its request at once, many times", low=0.001, high=0.005),
     "X38": Kind(name="an engine's clock jumps by an hour", low=0.0006, high=0.004),
-    "X41": Kind(name="an engine is asked to end", low=0.0004, high=0.003),
+    "X41": Kind(name="an engine is asked to end", low=0.0015, high=0.01),
     "X42": Kind(name="the tokenizer fails", low=0.001, high=0.01),
-    "X43": Kind(name="an engine's loop stalls for five seconds", low=0.001, high=0.008),
+    "X43": Kind(name="an engine's loop stalls for five seconds", low=0.002, high=0.012),
     "X45": Kind(name="an engine can open no file for a while", low=0.001, high=0.008),
-    "X46": Kind(name="the prefix cache is emptied", low=0.001, high=0.01),
+    "X46": Kind(name="the prefix cache is emptied", low=0.002, high=0.02),
 }
 """Whole engines, hosts and clients; a probability per event."""
 
@@ -52,21 +52,21 @@ CHANCES = {
     "X8": Kind(name="a message is 100 times slower", low=0.01, high=0.2),
     "X9": Kind(name="messages overtake each other", low=0.05, high=0.5),
     "X10": Kind(name="a message arrives twice", low=0.01, high=0.3),
-    "X13": Kind(name="a handshake is cut short", low=0.02, high=0.5),
-    "X14": Kind(name="a transfer cannot be posted", low=0.02, high=0.4),
-    "X15": Kind(name="a transfer never ends", low=0.02, high=0.3),
-    "X16": Kind(name="a transfer fails after it has written a part", low=0.02, high=0.4),
-    "X17": Kind(name="a transfer is done, with a bit flipped", low=0.02, high=0.4),
-    "X18": Kind(name="a transfer is done, and has written nothing", low=0.02, high=0.4),
-    "X21": Kind(name="transfers end in another order", low=0.1, high=0.6),
+    "X13": Kind(name="a handshake is cut short, or (more rarely) another message", low=0.1, high=0.6),
+    "X14": Kind(name="a transfer cannot be posted", low=0.1, high=0.6),
+    "X15": Kind(name="a transfer never ends", low=0.04, high=0.4),
+    "X16": Kind(name="a transfer fails after it has written a part", low=0.05, high=0.5),
+    "X17": Kind(name="a transfer is done, with a bit flipped", low=0.05, high=0.5),
+    "X18": Kind(name="a transfer is done, and has written nothing", low=0.05, high=0.5),
+    "X21": Kind(name="transfers end in another order", low=0.2, high=0.8),
     "X22": Kind(name="a confirmation or a release is lost, or comes twice", low=0.02, high=0.4),
     "X25": Kind(name="a copy to or from host memory fails", low=0.01, high=0.3),
-    "X26": Kind(name="a step finds no memory", low=0.001, high=0.01),
-    "X28": Kind(name="a step raises", low=0.001, high=0.01),
-    "X29": Kind(name="a step takes 100 times longer", low=0.005, high=0.05),
-    "X30": Kind(name="a step's logits are no numbers", low=0.001, high=0.02),
-    "X31": Kind(name="a step takes a minute, to compile", low=0.001, high=0.01),
-    "X32": Kind(name="a step fails and the donated pool is lost, or it moves", low=0.001, high=0.01),
+    "X26": Kind(name="a step finds no memory", low=0.004, high=0.03),
+    "X28": Kind(name="a step raises", low=0.004, high=0.03),
+    "X29": Kind(name="a step takes 100 times longer", low=0.01, high=0.08),
+    "X30": Kind(name="a step's logits are no numbers", low=0.004, high=0.04),
+    "X31": Kind(name="a step takes a minute, to compile", low=0.006, high=0.04),
+    "X32": Kind(name="a step fails and the donated pool is lost, or it moves", low=0.004, high=0.03),
     "X40": Kind(name="a timer fires late", low=0.01, high=0.2),
 }
 """A probability per opportunity."""
@@ -82,7 +82,7 @@ LASTING = {
 
 NAMES = {**{key: kind.name for key, kind in (*STRIKES.items(), *CHANCES.items())}, **LASTING}
 
-RARE_BOOST = 6.0
+RARE_BOOST = 12.0
 """So many times more often do faults strike hosts that have a request in a state that is seldom reached."""
 
 _VOUCHES = Confirm | Confirmed | Done | DoneAnswer
@@ -121,6 +121,27 @@ class Storm(Weather):
     def knows(self, engine: SimEngine) -> None:
         """A life has begun."""
         self._host_of[engine.epoch[:8]] = engine.host
+
+    def under_way(
+        self, transfers: Iterable[tuple[str, str, Fault, list[int]]], leased: Callable[[str, list[int]], bool]
+    ) -> None:
+        """Counts faults of transfers that have not ended.
+
+        Args:
+            transfers: (reader, source, fault, addresses that are read).
+            leased: whether a host still has leases on what lies at these addresses.
+        """
+        for reader, source, fault, addresses in transfers:
+            hosts = (self.host_of(reader), self.host_of(source))
+            for name, has in (
+                ("X20", not leased(hosts[1], addresses)),
+                ("X15", fault.never_ends),
+                ("X16", fault.errors),
+                ("X17", fault.flips_bit),
+                ("X18", fault.writes_nothing),
+            ):
+                if has:
+                    self._meet(name, hosts)
 
     def host_of(self, agent: str) -> str:
         """The host of a NIXL agent."""
@@ -206,7 +227,8 @@ class Storm(Weather):
             delay *= 100
         if self.hits("X9", here, there):
             delay += chance.expovariate(50.0)
-        if isinstance(message, Hello | Welcome) and self.hits("X13", here, there):
+        greeting = isinstance(message, Hello | Welcome)
+        if (greeting or chance.random() < 0.2) and self.hits("X13", here, there):
             return Fate(delays=(), breaks=delay)
         if self.hits("X7", here, there):
             return Fate(delays=())
@@ -220,10 +242,10 @@ class Storm(Weather):
         """What becomes of a transfer; see `FakeNixlNetwork`."""
         chance = self._clockwork.chance
         hosts = (self.host_of(posted.reader), self.host_of(posted.source))
-        seconds = chance.expovariate(500.0)
+        seconds = chance.expovariate(500.0 if chance.random() < 0.7 else 20.0)
         if self.hits("X21", *hosts):
             seconds += chance.expovariate(10.0)
-        return Fault(
+        fault = Fault(
             cycles=chance.randrange(3),
             seconds=seconds,
             post_fails=self.hits("X14", *hosts),
@@ -232,6 +254,9 @@ class Storm(Weather):
             flips_bit=self.hits("X17", *hosts),
             writes_nothing=self.hits("X18", *hosts),
         )
+        if fault.errors or fault.flips_bit or fault.writes_nothing:
+            fault = replace(fault, seconds=seconds + chance.expovariate(5.0))
+        return fault
 
 
 def draw_rates(clockwork: Clockwork, share: float, without: Iterable[str] = ()) -> dict[str, float]:

@@ -4,6 +4,7 @@ A run has two phases (as in TigerBeetle's VOPR): first faults strike, then they 
 accepted must end and every page come back.
 """
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,7 +22,6 @@ from jaxserve.sim.hash_model import HashModel
 from jaxserve.sim.laws import Broken, Laws, Names, no_leak
 from jaxserve.sim.recount import Recount
 from jaxserve.sim.wire import SimWire
-from kv.moves import Unlease
 from metrics.engine import EngineStats
 from scheduler.types import Inputs, Plan
 
@@ -33,6 +33,9 @@ CALM_S = 1500.0
 """Virtual seconds in which everything must have ended once faults have stopped: beyond the longest lease,
 transfer deadline, quarantine and compilation that a world can have."""
 CALM_EVENTS = 60_000
+HEALS = 3
+"""Attempts after which a decode engine must have read from a prefill engine again: one may still wait for the
+end of what a fault has begun."""
 CALM_ASKING = 100
 """Events after the faults in which clients still ask."""
 LOOK_EVERY = 20
@@ -221,6 +224,7 @@ class World:
             ("X45", storm.no_files),
         ):
             self.meet(fault, sorted(hosts))
+        storm.under_way(self.nixl.under_way(), self._leased)
 
     def _recorded(self, engine: SimEngine, inputs: Inputs, plan: Plan) -> None:
         """Every step of every engine."""
@@ -244,9 +248,19 @@ class World:
             storm.rare.discard(host)
         if any(outcome == "dropped_cpu_full" for _, outcome, _ in plan.moves.outcomes):
             self.meet("X24", (host,))
-        ended = sum(isinstance(command, Unlease) for command in plan.moves.commands)
-        if ended and any(self.nixl.reads(agent) for agent in engine.agents()):
-            self.meet("X20", (host,))
+
+    def _leased(self, host: str, addresses: list[int]) -> bool:
+        """Whether all pages at these addresses are leased."""
+        engine = self.engines[host]
+        if not isinstance(engine.device, SimDevice):
+            return True
+        leased = {page for row in engine.core.state.ledger.leases() for page in row.pages}
+        size = engine.device.page_bytes
+        for pool in engine.device.pools:
+            low = pool.ctypes.data
+            if low <= addresses[0] < low + pool.nbytes:
+                return all((address - low) // size in leased for address in addresses)
+        return False
 
     # Faults.
 
@@ -471,18 +485,53 @@ class World:
                 raise Broken("I12", f"not all ends: sequences {live} of {served}, moves {rows}")
         if self.clients.asks:
             raise Broken("I12", f"requests {sorted(self.clients.asks)} were never answered")
+        self._healed(most)
         for engine in self.engines.values():
             self.laws.check(engine)
             self.laws.check_content(engine)
             no_leak(engine)
             self._sums(engine)
 
+    def _healed(self, most: int) -> None:
+        """I18: whatever has happened, each decode engine reads from each prefill engine again.
+
+        Raises:
+            Broken: one computes by itself.
+        """
+        for first, second in itertools.product(self.setup.prefill, self.setup.decode):
+            lender, reader = self.engines[first].node.scheduler, self.engines[second].node.scheduler
+            windowed = any(window is not None for window in reader.windows)
+            if lender.cache_key != reader.cache_key or (windowed and lender.page_size != reader.page_size):
+                continue  # other pages, or larger ones of which the peer's window has left a part behind
+            if not any(self._reads(first, second, most) for _ in range(HEALS)):
+                raise Broken("I18", f"{second} reads nothing from {first} any more")
+
+    def _reads(self, first: str, second: str, most: int) -> bool:
+        """Whether a prompt that nobody has seen is read.
+
+        Raises:
+            Broken: its request does not end.
+        """
+        reader, over = self.engines[second], []
+        before = reader.core.stats.prompts.external_kv_transfer
+        length = min(2 * reader.node.scheduler.page_size + 1, self.setup.habits.max_prompt)
+        self.clients.probe(self.engines[first], reader, length, over)
+        while not (over and self._quiet()):
+            if not self.clockwork.run_one() or self.clockwork.events > most:
+                raise Broken("I12", f"a last request through {first} and {second} does not end")
+            self._after_event()
+        return reader.core.stats.prompts.external_kv_transfer > before
+
     def _quiet(self) -> bool:
         return (
             not self.clients.asking
             and not self.clients.asks
             and all(
-                not engine.core.state.sequences and not len(engine.core.state.ledger) and engine.core.idle
+                engine.alive
+                and engine.draining_until is None
+                and not engine.core.state.sequences
+                and not len(engine.core.state.ledger)
+                and engine.core.idle
                 for engine in self.engines.values()
             )
         )
