@@ -150,7 +150,7 @@ class EngineCore:
         """Ends all moves, and tells every request that the engine has ended."""
         self._movers.close()
         for live in self.inbox.end():
-            for index in set(range(live.request.sampling.n)) - live.ended:
+            for index in sorted(set(range(live.request.sampling.n)) - live.ended):
                 ended = error_end(live.request.request_id, index, "the engine has stopped")
                 try:
                     live.sink(live.delta(index, ended=ended))
@@ -188,8 +188,10 @@ class EngineCore:
         for done in (*arrived.resets, *arrived.looks):
             done()
         # An abort that came together with its request found nothing to end.
-        for request_id in {request.request_id for request in inputs.arrivals}.intersection(inputs.aborts):
-            self.inbox.abort(request_id)
+        came = {request.request_id for request in inputs.arrivals}
+        for request_id in inputs.aborts:
+            if request_id in came:
+                self.inbox.abort(request_id)
         self._leases = plan.moves.gauges.leases
         self.pause = None if started is not None else self._how_long(plan, now)
 

@@ -4,6 +4,7 @@ A run has two phases (as in TigerBeetle's VOPR): first faults strike, then they 
 accepted must end and every page come back.
 """
 
+import gc
 import itertools
 import logging
 from collections import Counter
@@ -130,6 +131,9 @@ class World:
         Raises:
             Failed: a law is broken.
         """
+        # An agent of the fake NIXL is deleted when nobody refers to it: never at the whim of the collector.
+        collects = gc.isenabled()
+        gc.disable()
         with self._complaints:
             try:
                 self.clients.begin(self.setup.num_clients)
@@ -141,6 +145,9 @@ class World:
                 raise Failed(
                     self.seed, self.clockwork.events, self.clockwork.trace, error, list(self.clockwork.last)
                 ) from error
+            finally:
+                if collects:
+                    gc.enable()
         tokens: Counter[str] = Counter()
         for engine in self.lives:
             tokens.update(engine.core.stats.prompts.by_source())

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from jaxserve import Engine
+from jaxserve.sim.recount import Recount
 from scheduler.record import decode, decode_inputs
 from scheduler.state import initial_state
 from scheduler.step import step
-from jaxserve.sim.recount import Recount
 
 ENGINE_SEQS = 36
 

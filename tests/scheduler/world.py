@@ -9,12 +9,12 @@ import hashlib
 
 import numpy as np
 
+from jaxserve.sim.recount import Recount
 from kv.types import DUMMY_PAGE
 from metrics.stats import PrefillStats
 from scheduler.state import check, initial_state
 from scheduler.step import step
 from scheduler.types import Inputs, Limits, Outcome, Plan, Request, SamplingParams, SchedulerConfig
-from jaxserve.sim.recount import Recount
 
 VOCAB = 97
 

@@ -221,7 +221,7 @@ MOVES = (
         comes_from="Mooncake 3421",
         failure="F38",
         what="the host tier evicts pages that are being loaded or stored",
-        laws=("I1-I3", "I8"),
+        laws=("I1-I3", "I8", "I13"),
         swaps=(Swap(where=Tier, name="_victims", wrong=_evicts_what_is_used),),
     ),
     Planted(

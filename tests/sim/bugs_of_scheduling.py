@@ -225,7 +225,7 @@ SCHEDULING = (
         comes_from="vLLM 10583",
         failure="F18",
         what="a request id in use is accepted, and the new request takes the old one's place",
-        laws=("I1-I3", "I12", "I14", "I15", "I17"),
+        laws=("I1-I3", "I7", "I12", "I14", "I15", "I17"),
         swaps=(
             Swap(where=Inbox, name="submit", wrong=_takes_any_id),
             Swap(where=scheduler.step, name="enqueue", wrong=_takes_any_arrival),
@@ -324,7 +324,7 @@ SCHEDULING = (
         comes_from="CVE-2026-94627",
         failure="F47",
         what="the numbers of moves wrap, and a new move takes the place of one under way",
-        laws=("I1-I3", "I2", "I5", "I12"),
+        laws=("I1-I3", "I2", "I5", "I12", "I17"),
         swaps=(
             Swap(where=Ledger, name="new_id", wrong=_wraps_move_ids),
             Swap(where=Ledger, name="open", wrong=_overwrites_moves),

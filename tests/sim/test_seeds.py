@@ -21,7 +21,7 @@ SEEDS, EVENTS = 200, 500
 RUNS = """
 import json, sys
 from jaxserve.sim.seeds import run_seed
-print(json.dumps([run_seed(seed, 300).trace for seed in range(6)]))
+print(json.dumps([run_seed(seed, 400).trace for seed in range(12)]))
 """
 
 
@@ -44,7 +44,7 @@ def test_two_hundred_worlds_break_no_law(capsys):
 
 
 def test_a_seed_gives_the_same_trace_in_another_process_whatever_its_hashes():
-    here = [run_seed(seed, 300).trace for seed in range(6)]
+    here = [run_seed(seed, 400).trace for seed in range(12)]
     for hash_seed in ("1", "77"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
