@@ -28,6 +28,22 @@ def test_every_interleaving_without_a_fault_ends_with_two_right_answers(tell: Ca
     assert explored.ends > 0 and explored.states > 500
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "transfer cannot be posted",
+        pytest.param("step fails", marks=pytest.mark.slow),
+        pytest.param("kill", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
+)
+def test_every_interleaving_with_one_fault_ends_rightly(fault: str, tell: Callable[..., None]):
+    """At whatever moment it strikes, every answer is right or explained, and every page comes back."""
+    explored = explore(Variant(outputs=1, faults=(fault,)))
+    tell(f"{fault}: {explored}")
+    without = explore(Variant(outputs=1, faults=()))
+    assert explored.ends > without.ends and explored.states > without.states
+
+
 @pytest.mark.slow
 def test_leaving_out_one_order_of_what_commutes_leaves_out_no_state(tell: Callable[..., None]):
     variant = Variant(outputs=1, faults=())
