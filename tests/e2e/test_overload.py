@@ -26,8 +26,8 @@ WORDS, NUM_TOKENS = 24, 24
 WARM_S, PEAK_S, OVERLOAD_S = 8.0, 25.0, 120.0
 TIMES = 10
 GOODPUT, REFUSAL_S = 0.7, 0.1
-"""What is asked for is 0.9, measured on a machine of its own (docs/performance.md). Where others work beside us,
-the same load measured twice differs by a fifth, and a tenth cannot be told: here only a collapse counts."""
+"""What is asked for is 0.9, measured on a machine of its own (docs/performance.md). Where others work beside
+us, the same load measured twice differs by a fifth: here only a collapse counts."""
 GROWTH_BYTES = 32 << 20
 """Of the server's memory during the overload: a hundredth of what it holds."""
 VOCABULARY = ("sea", "wide", "old", "men", "go", "down", "ships", "with", "nets", "rope", "fish", "gold")
