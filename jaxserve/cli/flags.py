@@ -188,7 +188,7 @@ def kv_transfer(args: argparse.Namespace) -> ConnectorConfig | None:
         )
     if not (math.isfinite(size) and 1 <= size * 2**30 < 2**53):
         raise ConfigError(f"--kv-offloading-size must be a positive number of GiB, got {size:g}")
-    return ConnectorConfig(kind=OFFLOADING, role=BOTH, cpu_bytes=int(size * 2**30))
+    return ConnectorConfig(kind=OFFLOADING, role=BOTH, cpu_bytes=int(size * 2**30), digest=False)
 
 
 def _side_channel_host(args: argparse.Namespace, environ: Mapping[str, str]) -> str:

@@ -75,6 +75,9 @@ def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _simulate(args: argparse.Namespace) -> int:
     if args.seeds is not None:
+        for flag, given in (("--trace", args.trace), ("--step-cost", args.step_cost), ("--json", args.json)):
+            if given is not None:
+                raise ConfigError(f"{flag} goes with recorded traffic, not with --seeds")
         return _search(args)
     if args.trace is None or args.step_cost is None:
         raise ConfigError("either --seeds, or --trace and --step-cost, say what is simulated")

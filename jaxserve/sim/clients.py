@@ -76,6 +76,7 @@ class Clients:
     asks: live requests by id.
     counts: what became of requests.
     excuses: (epoch, why) of faults after which an engine may fail a request.
+    struck: (request, message) of requests that a failed step, or a row without numbers, has ended.
     broken: the first law that an answer has broken; the engine would swallow it.
     """
 
@@ -96,6 +97,7 @@ class Clients:
             "asked": 0, "right": 0, "aborted": 0, "failed": 0, "refused": 0, "lost": 0, "split": 0,
         }  # fmt: skip
         self.excuses: set[tuple[str, str]] = set()
+        self.struck: set[tuple[str, str]] = set()
         self.broken: Broken | None = None
         self.asking = True
         self._number = 0
@@ -346,6 +348,4 @@ class Clients:
             return (epoch, "closed") in self.excuses
         if message == "the request failed":
             return ("", "tokenizer") in self.excuses
-        if message == "the model gave logits that are not numbers":
-            return (epoch, "logits") in self.excuses
-        return (epoch, "step") in self.excuses
+        return (ask.request.request_id, message) in self.struck

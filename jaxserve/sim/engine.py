@@ -114,6 +114,7 @@ class SimEngine:
     hosts: per leaf connector that is a host tier, its drivers by rank.
     plan: the last one.
     touched, turned: something of it has happened, a turn among it; whoever looks takes it back.
+    rows_of: slots of the step under way, for whoever looks.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class SimEngine:
         self.alive, self.paused = True, False
         self.offset, self.rate = offset, rate
         self.touched = self.turned = True
+        self.rows_of: frozenset[int] = frozenset()
         self.draining_until: float | None = None
         self.hosts: dict[int, list[HostDriver]] = {}
         self.rounds: list[RoundDriver] = []

@@ -178,9 +178,14 @@ class Laws:
             raise Broken("I19", f"{host}: a counter went down")
         self._counters[engine.epoch] = counters
         if engine.plan is not None:
-            pages, total = moves.pages, engine.node.scheduler.num_pages - 1
-            if sum(count for _, count in pages.by_state()) != total:
-                raise Broken("I19", f"{host}: pages in metrics are not all pages")
+            state, gauges = core.state, stats.gauges
+            pool, shown = state.pages, moves.pages
+            told = (gauges.running, gauges.pages_used, gauges.waiting_capacity + gauges.waiting_deferred)
+            true = (len(state.running), pool.in_use, len(state.sequences) - len(state.running))
+            if told != true or gauges.pages_total != pool.usable:
+                raise Broken("I19", f"{host}: gauges say {gauges}, there are {true} of {pool.usable} pages")
+            if (shown.free, shown.idle, shown.in_use) != (pool.free, pool.idle, pool.in_use):
+                raise Broken("I19", f"{host}: pages in metrics are {shown}, in the pool {pool.in_use} in use")
         if core.inbox.num_queued > engine.node.max_num_queued_reqs:
             raise Broken("I21", f"{host}: more requests wait than may")
 

@@ -78,6 +78,16 @@ def run_seed(seed: int, events: int) -> Ran | Failure:
             message=str(failed),
             last=tuple(failed.last),
         )
+    except Exception as error:  # while the world was built: its engines did not come up
+        return Failure(
+            seed=seed,
+            asked=events,
+            events=0,
+            law="I17",
+            trace="",
+            message=f"seed {seed}, before the first event: {type(error).__name__}: {error}",
+            last=(),
+        )
 
 
 def run_seeds(
@@ -136,7 +146,8 @@ def summary_text(summary: Summary, *, least: int) -> str:
         lines += ["", f"met less than {least} times: " + ", ".join(f"{f} {s} ({n})" for f, s, n in rare)]
     for failure in summary.failures:
         lines += ["", failure.message, *(f"    {line}" for line in failure.last), _how(failure)]
-    lines += ["", f"{len(summary.failures)} of {summary.seeds:,} seeds broke a law"]
+    over = f"; {len(rare)} pairs of fault and state met too rarely" if rare else ""
+    lines += ["", f"{len(summary.failures)} of {summary.seeds:,} seeds broke a law{over}"]
     return "\n".join(lines)
 
 

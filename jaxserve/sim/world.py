@@ -24,7 +24,7 @@ from jaxserve.sim.laws import Broken, Laws, Names, no_leak
 from jaxserve.sim.recount import Recount
 from jaxserve.sim.wire import SimWire
 from metrics.engine import EngineStats
-from scheduler.types import Inputs, Plan
+from scheduler.types import FinishReason, Inputs, Plan
 
 SMALL_POOL = 64
 """Worlds with pools of up to so many pages are recounted after every event."""
@@ -34,6 +34,7 @@ CALM_S = 1500.0
 """Virtual seconds in which everything must have ended once faults have stopped: beyond the longest lease,
 transfer deadline, quarantine and compilation that a world can have."""
 CALM_EVENTS = 60_000
+NOT_NUMBERS = "the model gave logits that are not numbers"
 HEALS = 3
 """Attempts after which a decode engine must have read from a prefill engine again: one may still wait for the
 end of what a fault has begun."""
@@ -110,6 +111,7 @@ class World:
         self.lives: list[SimEngine] = []
         self.stats: list[tuple[SimEngine, EngineStats]] = []
         self.recounts: dict[str, Recount] = {}
+        self.accepted: Counter[str] = Counter()
         self._nodes = {node.name: node for node in setup.nodes}
         self._small = all(node.scheduler.num_pages <= SMALL_POOL for node in setup.nodes)
         self._complaints = Complaints()
@@ -238,12 +240,8 @@ class World:
         host, storm = engine.host, self.storm
         note = (plan.step_id, len(plan.rows), plan.accepted.tokens.tolist(), len(plan.moves.commands))
         self.clockwork.note(f"{host} plan {note}")
-        if host in storm.failed_steps:
-            self.clients.excuses.add((engine.epoch, "step"))
-            storm.failed_steps.discard(host)
-        if host in storm.not_finite:
-            self.clients.excuses.add((engine.epoch, "logits"))
-            storm.not_finite.discard(host)
+        self._excuse(engine, inputs, plan)
+        self.accepted[engine.epoch] += len(plan.accepted.tokens)
         try:
             self.recounts[engine.epoch].take(inputs, plan)
         except AssertionError as error:
@@ -255,6 +253,22 @@ class World:
             storm.rare.discard(host)
         if any(outcome == "dropped_cpu_full" for _, outcome, _ in plan.moves.outcomes):
             self.meet("X24", (host,))
+
+    def _excuse(self, engine: SimEngine, inputs: Inputs, plan: Plan) -> None:
+        """A step that was made to fail ends the requests of its own rows, and nobody else's; a row without
+        numbers ends its request."""
+        host, storm = engine.host, self.storm
+        before, engine.rows_of = engine.rows_of, frozenset(plan.rows.slots.tolist())
+        errors = [entry for entry in plan.finished if entry.reason is FinishReason.ERROR]
+        if host in storm.failed_steps and inputs.outcome is not None and inputs.outcome.error is not None:
+            storm.failed_steps.discard(host)
+            errors = [entry for entry in errors if entry.slot in before]
+        elif host in storm.not_finite and inputs.stops:
+            storm.not_finite.discard(host)
+            errors = [entry for entry in errors if entry.message == NOT_NUMBERS][:1]
+        else:
+            return
+        self.clients.struck |= {(entry.request_id, entry.message or "") for entry in errors}
 
     def _leased(self, host: str, addresses: list[int]) -> bool:
         """Whether all pages at these addresses are leased."""
@@ -368,13 +382,15 @@ class World:
         """X35."""
         asks = [ask for ask in self.clients.asks.values() if ask.engine.alive]
         if asks:
-            ask, request = self.clockwork.chance.choice(asks), None
-            request = ask.request
+            ask = self.clockwork.chance.choice(asks)
+            request, refused = ask.request, self.clients.counts["refused"]
             self.meet("X35", (ask.engine.host,))
             self.clients.ask(
                 ask.engine, request.prompt_token_ids[::-1], request.sampling, "", 0,
                 lambda params, ok: None, request_id=request.request_id,
             )  # fmt: skip
+            if self.clients.counts["refused"] == refused and ask.request.request_id in self.clients.asks:
+                raise Broken("I15", f"{ask.engine.host}: an id in use was taken again")
 
     def retry_storm(self) -> None:
         """X37."""
@@ -527,7 +543,7 @@ class World:
             if not self.clockwork.run_one() or self.clockwork.events > most:
                 raise Broken("I12", f"a last request through {first} and {second} does not end")
             self._after_event()
-        return reader.core.stats.prompts.external_kv_transfer > before
+        return over[-1] and reader.core.stats.prompts.external_kv_transfer > before
 
     def _quiet(self) -> bool:
         return (
@@ -553,6 +569,9 @@ class World:
             sum(one.external_kv_transfer for one in each),
         )
         counted = (stats.computed, stats.local_cache_hit, stats.external_kv_transfer)
+        generated = engine.core.stats.steps.generation_tokens
+        if generated != self.accepted[engine.epoch]:
+            raise Broken("I19", f"{engine.host}: {self.accepted[engine.epoch]} tokens, counted {generated}")
         if sums != counted:
             raise Broken("I11", f"{engine.host}: requests sum to {sums}, counters say {counted}")
 
