@@ -7,7 +7,7 @@ PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
 PIP_ARGS ?=
-SEEDS ?= 2000
+SEEDS ?= 1000
 # How often every fault must meet requests in every state, in `make simulate`.
 LEAST ?= 100
 # Which part of the suite `make test-matrix` runs: arguments for pytest.
