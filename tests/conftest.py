@@ -20,8 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # What these say of an assertion that fails must be as clear as in a test.
 pytest.register_assert_rewrite("tests.e2e.connectors.eviction", "tests.e2e.connectors.fleet")
 
-# The same examples in every run, so that a failure is a change's and not a draw's; and no deadline, so that it
-# is not a busy machine's either. `HYPOTHESIS_PROFILE=default` draws new ones.
+# The same examples in every run, so that a failure is a change's and not a draw's; no deadline, so that it is
+# not a busy machine's either. `HYPOTHESIS_PROFILE=default` draws new ones.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
