@@ -36,8 +36,9 @@ transfer deadline, quarantine and compilation that a world can have."""
 CALM_EVENTS = 60_000
 NOT_NUMBERS = "the model gave logits that are not numbers"
 HEALS = 3
-"""Attempts after which a decode engine must have read from a prefill engine again: one may still wait for the
-end of what a fault has begun."""
+HEAL_S = 2.0
+"""Attempts, and virtual seconds before each, after which a decode engine must have read from a prefill engine
+again: one may still wait for the end of what a fault has begun."""
 CALM_ASKING = 100
 """Events after the faults in which clients still ask."""
 LOOK_EVERY = 20
@@ -538,7 +539,9 @@ class World:
         reader, over = self.engines[second], []
         before = reader.core.stats.prompts.external_kv_transfer
         length = min(2 * reader.node.scheduler.page_size + 1, self.setup.habits.max_prompt)
-        self.clients.probe(self.engines[first], reader, length, over)
+        self.clockwork.after(
+            HEAL_S, "looks", lambda: self.clients.probe(self.engines[first], reader, length, over)
+        )
         while not (over and self._quiet()):
             if not self.clockwork.run_one() or self.clockwork.events > most:
                 raise Broken("I12", f"a last request through {first} and {second} does not end")
