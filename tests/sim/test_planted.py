@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve.sim.draw import draw
 from jaxserve.sim.world import World
-from tests.sim.planted import BUGS, EVENTS, RENEW, look, recorded, search
+from tests.sim.planted import BUGS, EVENTS, RENEW, look, recorded
 from tests.sim.planting import Planted
 
 BY_NAME = pytest.mark.parametrize("bug", BUGS, ids=[bug.name for bug in BUGS])
@@ -26,13 +26,6 @@ def test_the_recorded_seed_finds_the_bug_and_nothing_without_it(bug: Planted):
     assert look(bug, found.seed) == found, STALE
     assert found.law in bug.laws, "it is found, but not for what is wrong with it"
     assert run(found.seed) >= EVENTS
-
-
-@pytest.mark.slow
-@BY_NAME
-def test_the_search_finds_what_is_recorded(bug: Planted):
-    """From seed 0 on: the recorded seed is the first."""
-    assert search(bug) == recorded().get(bug.name), STALE
 
 
 def test_bugs_are_many_and_of_many_kinds():
