@@ -18,9 +18,10 @@ from jaxserve.sim.hash_model import END, VOCAB, HashModel
 from jaxserve.sim.laws import Broken, Names
 from kv.moves import LOAD_FAILED
 from scheduler.admit import never_fits
-from scheduler.types import FinishReason, Request, SamplingParams
+from scheduler.types import FinishReason, Inputs, Plan, Request, SamplingParams
 
 NAMES_OF_STOPS = ("ab", "Z", "€", "0a")
+NOT_NUMBERS = "the model gave logits that are not numbers"
 REFUSALS_S = 0.5
 """After a refusal a client waits about so long."""
 
@@ -227,6 +228,32 @@ class Clients:
         """The client has gone."""
         ask.aborted = True
         ask.engine.abort(ask.request.request_id)
+
+    def strike(
+        self,
+        engine: SimEngine,
+        inputs: Inputs,
+        plan: Plan,
+        failed_steps: set[str],
+        not_finite: set[str],
+    ) -> None:
+        """Excuses requests that end in this step for a fault: a step made to fail ends those of its own
+        rows, and nobody else's; a row without numbers ends its request.
+
+        Args:
+            failed_steps, not_finite: hosts whose step under way was made so; one whose step is over leaves.
+        """
+        before, engine.rows_of = engine.rows_of, frozenset(plan.rows.slots.tolist())
+        errors = [entry for entry in plan.finished if entry.reason is FinishReason.ERROR]
+        if engine.host in failed_steps and inputs.outcome is not None and inputs.outcome.error is not None:
+            failed_steps.discard(engine.host)
+            errors = [entry for entry in errors if entry.slot in before]
+        elif engine.host in not_finite and inputs.stops:
+            not_finite.discard(engine.host)
+            errors = [entry for entry in errors if entry.message == NOT_NUMBERS][:1]
+        else:
+            return
+        self.struck |= {(entry.request_id, entry.message or "") for entry in errors}
 
     def _draw(self) -> tuple[tuple[int, ...], SamplingParams, str, int]:
         chance, habits = self._clockwork.chance, self._habits

@@ -4,7 +4,7 @@ Rows are computed in two halves, the first when the step begins and the second w
 touches the pool in between is found out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -197,9 +197,3 @@ class SimDevice:
         self.left += self.pools
         self.pools = [pool.copy() for pool in self.pools]
         self._moved = True
-
-
-def cells_of(page: Sequence[int]) -> bytes:
-    """The cells in a page's bytes, in token order: the inverse of `SimDevice.expected_page`."""
-    both = np.asarray(page, np.uint8).reshape(2, -1, CELL_BYTES // 2)
-    return both.transpose(1, 0, 2).tobytes()

@@ -44,6 +44,9 @@ def fingerprint(world: SmallWorld) -> bytes:
             for name, ask in world.clients.asks.items()
         ),
         sorted(world.clients.excuses),
+        sorted(world.clients.struck),
+        sorted(world.failed_steps),
+        sorted(world.not_finite),
     )
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 

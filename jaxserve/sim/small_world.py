@@ -87,6 +87,8 @@ class SmallWorld:
         self.clockwork = Steered()
         self.clockwork.chance = _Still(0)
         self.fault: str | None = None
+        self.failed_steps: set[str] = set()
+        self.not_finite: set[str] = set()
         self.ended: list[str | None] = [None, None]
         self.open: dict[str, Callable[[], None]] = {}
         self.waits = 0
@@ -347,11 +349,11 @@ class SmallWorld:
         if chosen == 0:
             return StepFate()
         self.fault = f"step {names[chosen - 1]}"
-        fate, epoch = STEP_FAULTS[names[chosen - 1]], self.engines[host].epoch
+        fate = STEP_FAULTS[names[chosen - 1]]
         if fate.error is not None:
-            self.clients.excuses.add((epoch, "step"))
+            self.failed_steps.add(host)
         if fate.not_finite:
-            self.clients.excuses.add((epoch, "logits"))
+            self.not_finite.add(host)
         return fate
 
     # What is checked.
@@ -496,5 +498,6 @@ class SmallWorld:
         return Fate(delays=(TRAVEL_S,))
 
     def _record(self, engine: SimEngine, inputs: Inputs, plan: Plan) -> None:
+        self.clients.strike(engine, inputs, plan, self.failed_steps, self.not_finite)
         self.recounts[engine.epoch].take(inputs, plan)
         self.laws.step(engine, inputs, plan)

@@ -23,8 +23,7 @@ from jaxserve.sim.hash_model import HashModel
 from jaxserve.sim.laws import Broken, Laws, Names, no_leak
 from jaxserve.sim.recount import Recount
 from jaxserve.sim.wire import SimWire
-from metrics.engine import EngineStats
-from scheduler.types import FinishReason, Inputs, Plan
+from scheduler.types import Inputs, Plan
 
 SMALL_POOL = 64
 """Worlds with pools of up to so many pages are recounted after every event."""
@@ -34,7 +33,6 @@ CALM_S = 1500.0
 """Virtual seconds in which everything must have ended once faults have stopped: beyond the longest lease,
 transfer deadline, quarantine and compilation that a world can have."""
 CALM_EVENTS = 60_000
-NOT_NUMBERS = "the model gave logits that are not numbers"
 HEALS = 3
 HEAL_S = 2.0
 """Attempts, and virtual seconds before each, after which a decode engine must have read from a prefill engine
@@ -110,7 +108,6 @@ class World:
         self.clients = Clients(self.clockwork, setup.model, self.names, setup.habits, self._engines)
         self.engines: dict[str, SimEngine] = {}
         self.lives: list[SimEngine] = []
-        self.stats: list[tuple[SimEngine, EngineStats]] = []
         self.recounts: dict[str, Recount] = {}
         self.accepted: Counter[str] = Counter()
         self._nodes = {node.name: node for node in setup.nodes}
@@ -241,7 +238,7 @@ class World:
         host, storm = engine.host, self.storm
         note = (plan.step_id, len(plan.rows), plan.accepted.tokens.tolist(), len(plan.moves.commands))
         self.clockwork.note(f"{host} plan {note}")
-        self._excuse(engine, inputs, plan)
+        self.clients.strike(engine, inputs, plan, storm.failed_steps, storm.not_finite)
         self.accepted[engine.epoch] += len(plan.accepted.tokens)
         try:
             self.recounts[engine.epoch].take(inputs, plan)
@@ -254,22 +251,6 @@ class World:
             storm.rare.discard(host)
         if any(outcome == "dropped_cpu_full" for _, outcome, _ in plan.moves.outcomes):
             self.meet("X24", (host,))
-
-    def _excuse(self, engine: SimEngine, inputs: Inputs, plan: Plan) -> None:
-        """A step that was made to fail ends the requests of its own rows, and nobody else's; a row without
-        numbers ends its request."""
-        host, storm = engine.host, self.storm
-        before, engine.rows_of = engine.rows_of, frozenset(plan.rows.slots.tolist())
-        errors = [entry for entry in plan.finished if entry.reason is FinishReason.ERROR]
-        if host in storm.failed_steps and inputs.outcome is not None and inputs.outcome.error is not None:
-            storm.failed_steps.discard(host)
-            errors = [entry for entry in errors if entry.slot in before]
-        elif host in storm.not_finite and inputs.stops:
-            storm.not_finite.discard(host)
-            errors = [entry for entry in errors if entry.message == NOT_NUMBERS][:1]
-        else:
-            return
-        self.clients.struck |= {(entry.request_id, entry.message or "") for entry in errors}
 
     def _leased(self, host: str, addresses: list[int]) -> bool:
         """Whether all pages at these addresses are leased."""
