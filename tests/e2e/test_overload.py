@@ -29,7 +29,8 @@ GOODPUT, REFUSAL_S = 0.7, 0.1
 """What is asked for is 0.9, measured on a machine of its own (docs/performance.md). Where others work beside
 us, the same load measured twice differs by a fifth: here only a collapse counts."""
 GROWTH_BYTES = 32 << 20
-"""Of the server's memory in the second half of the overload, some 2,500 requests: a hundredth of what it holds.
+"""Of the server's memory in the second half of the overload, with some 2,500 requests: a hundredth of what it
+holds.
 In the first half its allocators grow to what so many connections at once need."""
 VOCABULARY = ("sea", "wide", "old", "men", "go", "down", "ships", "with", "nets", "rope", "fish", "gold")
 CALM_FACTOR, CALM_S = 3.0, 2.0
