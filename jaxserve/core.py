@@ -184,6 +184,8 @@ class EngineCore:
         news = self._news(under_way, executed, plan, events, now)
         self._under_way = started = self._start(plan, now)
         self._movers.start(plan.moves.commands)
+        # Before requests are told of their end: who sees the last one gone must see what it has leased.
+        self._leases = plan.moves.gauges.leases
         self._reporter.report(news)
         for done in (*arrived.resets, *arrived.looks):
             done()
@@ -192,7 +194,6 @@ class EngineCore:
         for request_id in inputs.aborts:
             if request_id in came:
                 self.inbox.abort(request_id)
-        self._leases = plan.moves.gauges.leases
         self.pause = None if started is not None else self._how_long(plan, now)
 
     def _how_long(self, plan: Plan, now: float) -> float | None:

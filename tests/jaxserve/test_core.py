@@ -7,9 +7,14 @@ import pytest
 
 from jaxserve.core import EngineCore
 from jaxserve.outputs import Delta
+from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.device import SimDevice, StepFate
+from jaxserve.sim.engine import Node, SimEngine, Surroundings, Weather
 from jaxserve.sim.expect import SimTokenizer, expected
-from jaxserve.sim.hash_model import END, HashModel
+from jaxserve.sim.fake_nixl import FakeNixlNetwork, Fault
+from jaxserve.sim.hash_model import END, HEAD_DIM, HEADS, ITEM, LAYERS, HashModel
+from jaxserve.sim.wire import Fate, SimWire
+from kv.config import NIXL, PRODUCER, ConnectorConfig
 from scheduler.types import FinishReason, Limits, Request, SamplingParams, SchedulerConfig
 
 LIMITS = Limits(max_num_batched_tokens=16, max_num_seqs=4)
@@ -139,3 +144,36 @@ def test_an_engine_that_ends_tells_only_those_sequences_that_have_not_ended():
     engine.core.close()
     ends = [delta.index for delta in engine.got["several"] if delta.finish_reason is not None]
     assert 0 < len(over) < 3 and sorted(ends) == [0, 1, 2]
+
+
+def test_whoever_sees_a_request_end_sees_what_it_has_leased():
+    """A drain that saw the end before the lease would close what a peer was promised."""
+    clockwork = Clockwork(0)
+    node = Node(
+        name="p",
+        engine_id="p",
+        scheduler=replace(CONFIG, transfer=ConnectorConfig(kind=NIXL, role=PRODUCER)),
+        limits=LIMITS,
+        page_shape=(LAYERS, 2, HEADS, 4, HEAD_DIM),
+        item_bytes=ITEM,
+    )
+    around = Surroundings(
+        clockwork=clockwork,
+        wire=SimWire(clockwork, lambda here, there, message: Fate(delays=(0.0,)), lambda host: False),
+        nixl=FakeNixlNetwork(clock=lambda: clockwork.now, draw=lambda posted: Fault(seconds=0.0)),
+        weather=Weather(),
+        tokenizer=SimTokenizer(),
+    )
+    device = SimDevice(model=MODEL, num_pages=40, page_size=4, fill=lambda size: bytes(size), fate=StepFate)
+    engine = SimEngine(node, around, device, epoch=f"{1:032x}")
+    request = Request(
+        request_id="lent",
+        prompt_token_ids=(1, 2, 3, 4, 5),
+        sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=1),
+        lease=True,
+    )
+    leases: list[int] = []
+    engine.submit(request, lambda delta: leases.append(engine.core.num_leases))
+    while not leases:
+        assert clockwork.run_one()
+    assert leases == [1]
