@@ -28,6 +28,7 @@ from jaxserve.batch import Bucket
 from jaxserve.census import PageCensus
 from jaxserve.collect import Collected, Prompt, as_list, pairs
 from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.drain import AbortAll, Await, Close, Drain
 from jaxserve.loop import EngineLoop
 from jaxserve.outputs import (
     Delta,
@@ -51,9 +52,6 @@ from scheduler.admit import never_fits
 from scheduler.types import Request, SamplingParams
 
 logger = logging.getLogger("jaxserve")
-
-LEASE_LOOK_S = 0.05
-"""Between looks, while draining, at whether peers have read what they were promised."""
 
 CENSUS_S = 2.0
 """How long a census waits for the engine: one that is stuck must show its pages too."""
@@ -374,15 +372,20 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Lets running requests finish within the time, then aborts the rest. No new ones are taken. Pages
         that are leased stay until a peer has read them, the lease has ended, or the time is over."""
-        inbox, deadline = self._loop.inbox, time.monotonic() + timeout_s
+        loop, inbox, drain = self._loop, self._loop.inbox, Drain(until=time.monotonic() + timeout_s)
         inbox.shut()
-        if not await asyncio.to_thread(inbox.wait_until_idle, timeout_s):
-            logger.warning("aborting %d requests that did not finish in %g s", inbox.num_live, timeout_s)
-            inbox.abort_all()
-            await asyncio.to_thread(inbox.wait_until_idle, 5.0)
-            return
-        while self._loop.num_leases and time.monotonic() < deadline:
-            await asyncio.sleep(LEASE_LOOK_S)
+        while True:
+            live = inbox.num_live
+            match drain.look(time.monotonic(), live=live, leases=loop.num_leases):
+                case Await(seconds=seconds, requests=True):
+                    await asyncio.to_thread(inbox.wait_until_idle, seconds)
+                case Await(seconds=seconds):
+                    await asyncio.sleep(seconds)
+                case AbortAll():
+                    logger.warning("aborting %d requests that did not finish in %g s", live, timeout_s)
+                    inbox.abort_all()
+                case Close():
+                    return
 
     def close(self) -> None:
         """Aborts what lives, and ends the loop and its helpers' processes."""

@@ -352,7 +352,7 @@ class Clients:
             if said != (right.tokens, right.text, right.reason, right.stop_reason):
                 raise Broken("I14", f"{where} ended with {said}, expected {right}")
         elif reason is FinishReason.ABORT:
-            if not ask.aborted:
+            if not (ask.aborted or ask.engine.has_aborted):
                 raise Broken("I17", f"{where} was aborted, and nobody wanted that")
         elif not self._excused(ask, delta.message or ""):
             raise Broken("I17", f"{where} failed without a fault: {delta.message}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxserve.core import DeviceDriver, EngineCore
+from jaxserve.drain import AbortAll, Await, Close, Drain
 from jaxserve.movers import Movers
 from jaxserve.sequence import Sink
 from jaxserve.sim.clockwork import Clockwork, Timer
@@ -110,6 +111,7 @@ class SimEngine:
     """Attributes:
     alive: not killed, not closed.
     paused: its process is stopped.
+    draining: it was asked to end.
     offset, rate: its clock shows `offset + rate * now`.
     hosts: per leaf connector that is a host tier, its drivers by rank.
     plan: the last one.
@@ -134,7 +136,7 @@ class SimEngine:
         self.offset, self.rate = offset, rate
         self.touched = self.turned = True
         self.rows_of: frozenset[int] = frozenset()
-        self.draining_until: float | None = None
+        self.draining: Drain | None = None
         self.hosts: dict[int, list[HostDriver]] = {}
         self.rounds: list[RoundDriver] = []
         self.plan: Plan | None = None
@@ -143,6 +145,7 @@ class SimEngine:
         self._timer: Timer | None = None
         self._computing = False
         self._ended: Callable[[SimEngine], None] = lambda engine: None
+        self._awaited: Timer | None = None
         transfer = node.scheduler.transfer
         leaves = () if transfer is None else transfer.leaves
         self._movers = Movers([leaf.kind for leaf in leaves])
@@ -176,6 +179,16 @@ class SimEngine:
             movers=self._movers,
             recorder=self._record,
         )
+
+    @property
+    def draining_until(self) -> float | None:
+        """By its clock: when what it took in must have ended; None: it was not asked to end."""
+        return None if self.draining is None else self.draining.until
+
+    @property
+    def has_aborted(self) -> bool:
+        """It was asked to end, and its time was over before all had ended."""
+        return self.draining is not None and self.draining.tell_until is not None
 
     def clock(self) -> float:
         """Seconds, as this engine sees them."""
@@ -218,11 +231,11 @@ class SimEngine:
 
     def drain(self, timeout_s: float, ended: Callable[["SimEngine"], None]) -> None:
         """It is asked to end: takes nothing more, serves what lives and what it has leased, and closes."""
-        if self.draining_until is None:
-            self.draining_until = self._around.clockwork.now + timeout_s
+        if self.draining is None:
+            self.draining = Drain(until=self.clock() + timeout_s)
             self._ended = ended
             self.core.inbox.shut()
-            self._look_whether_drained()
+            self._drain(self.draining)
 
     def close(self) -> None:
         """It ends in order."""
@@ -264,6 +277,7 @@ class SimEngine:
         self.turned = True
         self._timer, self._computing = None, False
         core.turn(core.inbox.collect(block=False))
+        self._look_whether_drained()
         if self.plan is not None and len(self.plan.rows):
             self._computing = True
             self._turn_in(weather.step_seconds(self, self.plan), "step done")
@@ -276,13 +290,27 @@ class SimEngine:
         self.plan = plan
         self._recorder(self, inputs, plan)
 
+    def _drain(self, drain: Drain) -> None:
+        """What `Engine.drain` does on an event loop."""
+        inbox, self._awaited = self.core.inbox, None
+        match drain.look(self.clock(), live=inbox.num_live, leases=self.core.num_leases):
+            case Await(seconds=seconds, requests=requests):
+                timer = self.after(seconds / self.rate, "drains", lambda: self._drain(drain))
+                self._awaited = timer if requests else None
+            case AbortAll():
+                inbox.abort_all()
+                self.wake()
+                self._drain(drain)
+            case Close():
+                self.close()
+                self._ended(self)
+
     def _look_whether_drained(self) -> None:
-        drained = self.core.inbox.num_live == 0 and self.core.num_leases == 0
-        if drained or self._around.clockwork.now >= (self.draining_until or 0.0):
-            self.close()
-            self._ended(self)
-        else:
-            self.after(0.05, "drains", self._look_whether_drained)
+        """The last request that a drain waits for may have ended."""
+        drain, timer = self.draining, self._awaited
+        if drain is not None and timer is not None and not self.core.inbox.num_live:
+            timer.cancelled, self._awaited = True, None
+            self.after(self._around.weather.lateness(self), "has served", lambda: self._drain(drain))
 
     # Its drivers.
 
