@@ -18,6 +18,7 @@ import numpy as np
 from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.inbox import Arrived, Inbox
 from jaxserve.movers import Movers
+from jaxserve.outputs import RequestRefused
 from jaxserve.report import News, Owner, Reporter
 from jaxserve.sequence import LiveRequest, LiveSequence, Sink, error_end
 from jaxserve.text import Tokenizer
@@ -25,6 +26,7 @@ from kv.driver import Region
 from kv.moves import Event
 from metrics.engine import EngineStats
 from metrics.moves import MoveStats
+from scheduler.admit import never_fits
 from scheduler.state import SchedulerState, initial_state
 from scheduler.step import step
 from scheduler.types import FinishReason, Inputs, Limits, Plan, Request, SchedulerConfig, Stop
@@ -89,7 +91,8 @@ class EngineCore:
     ) -> None:
         nothing = EngineStats.empty(config.max_model_len)
         self._movers = movers = movers or Movers()
-        self._limits, self._device, self._tokenizer = limits, device, tokenizer
+        self._config, self._limits = config, limits
+        self._device, self._tokenizer = device, tokenizer
         self._recorder, self._clock = recorder, clock
         self._state = initial_state(config)
         self._owners: dict[int, Owner] = {}
@@ -131,9 +134,13 @@ class EngineCore:
         """Takes a request in; its deltas go to `sink`, on the thread that turns.
 
         Raises:
+            RequestRefused: it can never run.
             QueueFull: too many requests wait.
             EngineError: the engine has ended or is being closed.
         """
+        problem = never_fits(self._config, self._limits, request)
+        if problem is not None:
+            raise RequestRefused(problem, param="prompt")
         now = self._clock()
         self.inbox.submit(
             LiveRequest(

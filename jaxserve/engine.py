@@ -48,7 +48,6 @@ from metrics.move_series import MoveSeries, OffloadTier, SimpleTier, move_famili
 from metrics.moves import MoveStats
 from metrics.prometheus import DEFAULT_PREFIX, make_registry, render
 from metrics.records import Gauges
-from scheduler.admit import never_fits
 from scheduler.types import Request, SamplingParams
 
 logger = logging.getLogger("jaxserve")
@@ -236,9 +235,6 @@ class Engine:
             RequestRefused: it can never run.
             QueueFull, EngineError: it cannot run now.
         """
-        problem = never_fits(self._parts.scheduler, self._parts.limits, request)
-        if problem is not None:
-            raise RequestRefused(problem, param="prompt")
         if max(request.sampling.logprobs or 0, request.sampling.prompt_logprobs or 0) > MAX_LOGPROBS:
             raise RequestRefused(f"at most {MAX_LOGPROBS} logprobs", param="logprobs")
         try:  # what the device would refuse must not get as far as a step that others share

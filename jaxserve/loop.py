@@ -90,6 +90,7 @@ class EngineLoop:
         """Takes a request in; its deltas go to `sink`, on the loop's thread.
 
         Raises:
+            RequestRefused: it can never run.
             QueueFull: too many requests wait.
             EngineError: the loop has ended or is being closed.
         """

@@ -7,9 +7,10 @@ from concurrent.futures import Executor
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from jaxserve.api.errors import ApiError, internal_error, invalid, unavailable
+from jaxserve.api.errors import ApiError, internal_error
+from jaxserve.api.refusals import told
 from jaxserve.api.replies import ChunkWriter, full_reply, merge
-from jaxserve.outputs import Delta, EngineError, QueueFull, RequestRefused
+from jaxserve.outputs import Delta, QueueFull
 from jaxserve.server.answers import EVENT_STREAM_HEADERS, LAST_EVENT, event, json_response
 from jaxserve.server.body import ClientGone, read_body
 from jaxserve.server.options import ServerOptions, body_limit
@@ -19,9 +20,6 @@ from jaxserve.server.streams import Mailbox, running, unless_gone
 from jaxserve.server.surface import EngineSurface
 
 logger = logging.getLogger(__name__)
-
-RETRY_AFTER_S = 1
-"""A full queue moves on within a step or two; clients add their own back-off."""
 
 
 class GenerationRoute:
@@ -103,19 +101,11 @@ class GenerationRoute:
 
     def _told(self, failure: Exception) -> ApiError:
         """What the client is told of a failure below."""
-        match failure:
-            case ApiError():
-                return failure
-            case QueueFull():
-                message = "Too many requests are waiting."
-                return ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S)
-            case EngineError():
-                return unavailable("The engine cannot serve now.")
-            case RequestRefused():
-                return invalid(failure.param, f"is refused: {failure}")
-            case _:
-                logger.error("a request failed", exc_info=failure)
-                return internal_error()
+        error = told(failure)
+        if error is None:
+            logger.error("a request failed", exc_info=failure)
+            return internal_error()
+        return error
 
 
 async def _all(mailbox: Mailbox) -> list[tuple[int, Delta]]:

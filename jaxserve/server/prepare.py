@@ -13,6 +13,7 @@ from jaxserve.api.errors import ApiError, context_length_exceeded, invalid, prin
 from jaxserve.api.generation import Generation, ModelFacts
 from jaxserve.api.plain import ControlTokens
 from jaxserve.api.prompts import Prompt, fit
+from jaxserve.api.refusals import refused
 from jaxserve.api.tokens import read_detokenize, read_tokenize
 from jaxserve.outputs import RequestRefused, Transfer
 from jaxserve.server.options import body_limit
@@ -189,8 +190,8 @@ class Preparer:
             return Transfer()
         try:
             transfer = self._engine.open_transfer(generation.kv_transfer_params, ids, generation.cache_salt)
-        except RequestRefused as refused:
-            raise invalid(refused.param, f"is refused: {printable(str(refused), 300)}") from None
+        except RequestRefused as why:
+            raise refused(why) from None
         if transfer.lease and generation.sampling.n > 1:
             raise invalid("n", "must be 1 where `kv_transfer_params` ask for do_remote_decode")
         return transfer

@@ -17,7 +17,6 @@ from jaxserve.sim.expect import Expected, SimTokenizer, expected
 from jaxserve.sim.hash_model import END, VOCAB, HashModel
 from jaxserve.sim.laws import Broken, Names
 from kv.moves import LOAD_FAILED
-from scheduler.admit import never_fits
 from scheduler.types import FinishReason, Inputs, Plan, Request, SamplingParams
 
 NAMES_OF_STOPS = ("ab", "Z", "€", "0a")
@@ -184,7 +183,7 @@ class Clients:
     ) -> None:
         """One request. `then` is called once, with what an answer carries, and whether it is whole."""
         self._number += 1
-        clockwork, node = self._clockwork, engine.node
+        clockwork = self._clockwork
         try:
             if not engine.alive:
                 raise EngineError("nobody listens")
@@ -199,8 +198,6 @@ class Clients:
                 lease=transfer.lease,
                 remote=transfer.remote,
             )
-            if never_fits(node.scheduler, node.limits, request) is not None:
-                raise RequestRefused("it never fits", param="prompt")
             ask = Ask(engine=engine, request=request, right=self._right(engine, request), then=then)
             if request.request_id not in self.asks:
                 self._learn(engine, ask)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxserve.bench.stats import RequestRecord, Slo
-from jaxserve.outputs import Delta, EngineError
+from jaxserve.outputs import Delta, EngineError, RequestRefused
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.costs import CostError, CostTable, HttpCost, TransferCost
 from jaxserve.sim.engine import Node, SimEngine, Surroundings
@@ -22,7 +22,6 @@ from jaxserve.sim.wire import Fate, SimWire
 from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig
 from kv.moves import RemoteSource
 from metrics.stats import PromptTokenStats
-from scheduler.admit import never_fits
 from scheduler.types import FinishReason, Inputs, Limits, Plan, Request, SamplingParams, SchedulerConfig
 
 QUEUED_REQUESTS = 1024
@@ -222,11 +221,11 @@ class _Cluster:
         self, client: _Client, engine: SimEngine, request: Request, sink: Callable[[Delta], None]
     ) -> None:
         config = engine.node.scheduler
-        if never_fits(config, engine.node.limits, request) is not None:
-            bound = f"{config.max_model_len} tokens a sequence and {config.num_pages} pages"
-            return self._end(client, f"too long for engines of {bound}")
         try:
             engine.submit(request, sink)
+        except RequestRefused:
+            bound = f"{config.max_model_len} tokens a sequence and {config.num_pages} pages"
+            self._end(client, f"too long for engines of {bound}")
         except EngineError as error:
             self._end(client, str(error))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.core import EngineCore
-from jaxserve.outputs import Delta
+from jaxserve.outputs import Delta, RequestRefused
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.device import SimDevice, StepFate
 from jaxserve.sim.engine import Node, SimEngine, Surroundings, Weather
@@ -144,6 +144,14 @@ def test_an_engine_that_ends_tells_only_those_sequences_that_have_not_ended():
     engine.core.close()
     ends = [delta.index for delta in engine.got["several"] if delta.finish_reason is not None]
     assert 0 < len(over) < 3 and sorted(ends) == [0, 1, 2]
+
+
+def test_a_request_that_can_never_run_is_refused_at_the_door():
+    engine = Core()
+    with pytest.raises(RequestRefused, match="max_model_len") as refusal:
+        engine.ask("too long", tuple(range(48)))
+    assert refusal.value.param == "prompt"
+    assert not engine.core.inbox.num_live and not engine.core.inbox.has_news
 
 
 def test_whoever_sees_a_request_end_sees_what_it_has_leased():
