@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxserve.api.errors import ApiError
 from jaxserve.router.ask import Upstream
 from jaxserve.router.counts import Tally
-from jaxserve.router.fleet import Fleet
 from jaxserve.router.flow import GenerationFlow
 from jaxserve.router.options import RouterOptions
+from jaxserve.router.probes import Probes
 from jaxserve.router.routes import PassedRoutes, SmallRoutes
 from jaxserve.router.status import RouterStatus
 from jaxserve.server.answers import error_response
@@ -22,19 +22,19 @@ from jaxserve.server.app import ROUTER_ERRORS
 from jaxserve.server.edge import Edge, request_id_of
 
 
-def create_router(options: RouterOptions, fleet: Fleet, upstream: Upstream) -> Starlette:
+def create_router(options: RouterOptions, probes: Probes, upstream: Upstream) -> Starlette:
     """The ASGI application; `app.state.status` is its RouterStatus.
 
     Args:
         options: of the router.
-        fleet: started by whoever serves the application, and closed.
+        probes: started by whoever serves the application, and closed.
         upstream: closed by them too.
     """
     status = RouterStatus()
     tally = Tally()
-    flow = GenerationFlow(fleet, upstream, status, tally)
-    small = SmallRoutes(options, fleet, status, tally)
-    passed = PassedRoutes(fleet, upstream)
+    flow = GenerationFlow(probes, upstream, status, tally)
+    small = SmallRoutes(options, probes.fleet, status, tally)
+    passed = PassedRoutes(probes, upstream)
     app = Starlette(
         routes=[
             Route("/v1/completions", flow, methods=["POST"]),

@@ -35,13 +35,11 @@ class Ask:
         path: decoded.
         headers: the client's; some are passed on.
         body: JSON, for a POST; None: a GET.
-        has_params: the body holds P's `kv_transfer_params`.
     """
 
     path: str
     headers: Headers
     body: bytes | None
-    has_params: bool = False
 
 
 class Upstream:

@@ -1,50 +1,62 @@
-"""The way of one generation request: P computes the prompt, D generates."""
+"""Executes the decisions of `route`: asks the backends, and passes their answers to the client."""
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import httpx
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from jaxserve.api.errors import ApiError, unavailable
+from jaxserve.api.errors import ApiError
 from jaxserve.router.ask import Ask, Upstream
-from jaxserve.router.calls import decode_body, prefill_body, read_call, refuses_params, transfer_params
+from jaxserve.router.calls import Call, decode_body, prefill_body, read_call, refuses_params, transfer_params
 from jaxserve.router.counts import Tally
-from jaxserve.router.fleet import Backend, Fleet
+from jaxserve.router.probes import Probes
 from jaxserve.router.relay import Reply, Stopped, TooLarge, outcome_of, read_whole, unless
+from jaxserve.router.route import (
+    Answered,
+    AskDecode,
+    AskPrefill,
+    BreakOff,
+    Failed,
+    Failure,
+    Finish,
+    GiveUp,
+    LeftUnread,
+    Outcome,
+    ParamsRefused,
+    Passed,
+    PassRefusal,
+    Probe,
+    Probed,
+    Verdict,
+    judge,
+    route,
+)
 from jaxserve.router.status import RouterStatus
 from jaxserve.server.body import ClientGone
 from jaxserve.server.streams import unless_gone
 
-logger = logging.getLogger(__name__)
 
-TRY_ANOTHER = frozenset({502, 503, 504})
-"""D's statuses that speak of the server, not of the request."""
+@dataclass(slots=True, kw_only=True)
+class Asking:
+    """One client's request on its way.
 
+    Attributes:
+        refusal: P's last answer, where it may be passed to the client.
+    """
 
-class PrefillFailed(Exception):
-    """A prefill server gave no answer that is of use; the message is for the log."""
-
-
-class ParamsRefused(Exception):
-    """D does not take P's parameters: keys or models differ, or P's lease is over."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """P's answer to a request that is at fault itself: the client gets it as it is."""
-
-    response: httpx.Response
-    body: bytes
+    path: str
+    headers: Headers
+    call: Call
+    reply: Reply
+    refusal: tuple[httpx.Response, bytes] | None = None
 
 
 class GenerationFlow:
     """The ASGI application of one generation route."""
 
-    def __init__(self, fleet: Fleet, upstream: Upstream, status: RouterStatus, tally: Tally) -> None:
-        self._fleet = fleet
+    def __init__(self, probes: Probes, upstream: Upstream, status: RouterStatus, tally: Tally) -> None:
+        self._probes = probes
         self._upstream = upstream
         self._status = status
         self._tally = tally
@@ -69,138 +81,92 @@ class GenerationFlow:
 
     async def _answer(self, path: str, headers: Headers, raw: bytes, reply: Reply) -> None:
         call = read_call(raw)
-        params = None
-        if call.direct is not None:
-            self._tally.direct(call.direct)
-        else:
-            prefilled = await self._prefill(Ask(path=path, headers=headers, body=prefill_body(call)))
-            if isinstance(prefilled, Refusal):
-                await reply.whole(prefilled.response, prefilled.body)
-                return await reply.end()
-            params = prefilled
-        body, has_params = decode_body(call, params), params is not None
-        try:
-            await self._decode(Ask(path=path, headers=headers, body=body, has_params=has_params), reply)
-        except ParamsRefused:
-            logger.warning("a decode server does not take the parameters of a prefill server")
-            self._tally.fallback("params_refused")
-            await self._decode(Ask(path=path, headers=headers, body=decode_body(call, None)), reply)
+        asking = Asking(path=path, headers=headers, call=call, reply=reply)
+        way = route(self._probes.fleet, self._tally, direct=call.direct)
+        order = next(way)
+        while True:
+            match order:
+                case AskPrefill():
+                    outcome = await self._prefill(order, asking)
+                case AskDecode():
+                    outcome = await self._decode(order, asking)
+                case Probe(backend=backend):
+                    outcome = Probed(well=await self._probes.probe(backend))
+                case PassRefusal() if asking.refusal is not None:
+                    await reply.whole(*asking.refusal)
+                    return await reply.end()
+                case Finish() | PassRefusal():
+                    return await reply.end()
+                case GiveUp(error=error):
+                    raise error
+                case BreakOff(error=error):
+                    return await reply.break_off(error)
+            order = way.send(outcome)
 
-    async def _prefill(self, ask: Ask) -> Mapping[str, object] | Refusal | None:
-        """P's parameters for D; None: D must compute the prompt.
-
-        One retry: a second failure is more likely the request's than a server's.
-        """
-        backend = self._fleet.pick("prefill")
-        if backend is None:
-            self._tally.fallback("no_prefill_server")
-            return None
+    async def _prefill(self, order: AskPrefill, asking: Asking) -> Outcome:
+        """Puts the prompt to P."""
+        ask = Ask(path=asking.path, headers=asking.headers, body=prefill_body(asking.call))
+        began_s, backend = self._upstream.now_s(), order.backend
         try:
-            try:
-                answer = await self._ask_prefill(backend, ask)
-            except PrefillFailed as failure:
-                logger.warning("prefill server %s: %s", backend.url, failure)
-                second = await self._fleet.again(backend)
-                if second is None:
-                    raise
-                self._tally.retry("prefill")
-                answer = await self._ask_prefill(second, ask)
-        except PrefillFailed as failure:
-            logger.warning("no prefill server could be used: %s", failure)
-            self._tally.fallback("prefill_failed")
-            return None
-        if answer is None:
-            self._tally.fallback("no_params")
-        return answer
-
-    async def _ask_prefill(self, backend: Backend, ask: Ask) -> Mapping[str, object] | Refusal | None:
-        began_s = self._upstream.now_s()
-        try:
-            asking = self._upstream.ask_whole(backend, ask)
-            response, answer = await unless((backend.silent, self._status.ending), asking)
+            silent, ending = self._probes.silent(backend), self._status.ending
+            response, answer = await unless((silent, ending), self._upstream.ask_whole(backend, ask))
         except Stopped:
-            if self._status.ending.is_set():
-                raise unavailable("The router is shutting down.") from None
-            raise PrefillFailed("has fallen silent") from None
+            return self._stopped()
         except TimeoutError:
-            raise PrefillFailed("did not answer in time") from None
+            return Failed(failure=Failure.LATE)
         except httpx.TransportError as error:
-            self._fleet.suspect(backend, f"failed ({type(error).__name__})")
-            raise PrefillFailed(type(error).__name__) from None
+            return Failed(failure=Failure.BROKEN, why=type(error).__name__)
         except TooLarge:
-            raise PrefillFailed("its answer is too large") from None
-        if 400 <= response.status_code < 500:
-            return Refusal(response=response, body=answer)
+            return Failed(failure=Failure.TOO_LARGE)
+        asking.refusal = (response, answer)
         if response.status_code != 200:
-            raise PrefillFailed(f"status {response.status_code}")
+            return Answered(status=response.status_code)
         try:
             params = transfer_params(answer)
         except ValueError as error:
-            raise PrefillFailed(f"its answer makes no sense: {error}") from None
+            return Failed(failure=Failure.NONSENSE, why=f"its answer makes no sense: {error}")
         self._tally.prefilled(self._upstream.now_s() - began_s)
-        return params
+        return Answered(status=200, params=params)
 
-    async def _decode(self, ask: Ask, reply: Reply) -> None:
-        """D's answer to the client.
+    async def _decode(self, order: AskDecode, asking: Asking) -> Outcome:
+        """Passes one D's answer on."""
+        body, backend, reply = decode_body(asking.call, order.params), order.backend, asking.reply
+        ask = Ask(path=asking.path, headers=asking.headers, body=body)
 
-        A second D gets the same parameters: P keeps the pages until they were read or their lease ends.
-
-        Raises:
-            ApiError: there is none.
-            ParamsRefused: there will be one without the parameters.
-        """
-        backend = self._fleet.pick("decode")
-        if backend is None:
-            raise unavailable("No decode server can be reached.")
-        failure = await self._relay(backend, ask, reply, first=True)
-        if failure is not None and reply.status is None:
-            second = await self._fleet.again(backend)
-            if second is not None:
-                self._tally.retry("decode")
-                failure = await self._relay(second, ask, reply, first=False)
-        if failure is None:
-            await reply.end()
-        elif reply.status is None:
-            raise failure
-        else:
-            await reply.break_off(failure)
-
-    async def _relay(self, backend: Backend, ask: Ask, reply: Reply, *, first: bool) -> ApiError | None:
-        """Passes one D's answer on; what went wrong, if anything did."""
-
-        async def relay() -> ApiError | None:
+        async def relay() -> Outcome:
             began_s = self._upstream.now_s()
             async with self._upstream.asked(backend, ask) as response:
-                if first and response.status_code in TRY_ANOTHER and self._fleet.has_other(backend):
-                    return bad_gateway(f"A decode server answered {response.status_code}.")
-                if ask.has_params and response.status_code == 400:
-                    answer = await read_whole(response)
-                    if refuses_params(answer):
-                        raise ParamsRefused
-                    await reply.whole(response, answer)
-                    return None
-                await reply.pass_on(
-                    response, lambda: self._tally.first_byte(self._upstream.now_s() - began_s)
-                )
-                if response.status_code == 200:
-                    self._tally.decoded(self._upstream.now_s() - began_s)
-                return None
+                match judge(self._probes.fleet, order, response.status_code):
+                    case Verdict.LEAVE:
+                        return LeftUnread(status=response.status_code)
+                    case Verdict.READ:
+                        answer = await read_whole(response)
+                        if refuses_params(answer):
+                            return ParamsRefused()
+                        await reply.whole(response, answer)
+                    case Verdict.PASS_ON:
+                        await reply.pass_on(
+                            response, lambda: self._tally.first_byte(self._upstream.now_s() - began_s)
+                        )
+                        if response.status_code == 200:
+                            self._tally.decoded(self._upstream.now_s() - began_s)
+                return Passed()
 
         try:
-            return await unless((backend.silent, self._status.ending), relay())
+            return await unless((self._probes.silent(backend), self._status.ending), relay())
         except Stopped:
-            if self._status.ending.is_set():
-                return unavailable("The router is shutting down.")
-            return bad_gateway("The decode server has fallen silent.")
+            return self._stopped(reply)
         except TooLarge:
-            return bad_gateway("The decode server's refusal is too large.")
+            return _failed(Failure.TOO_LARGE, reply)
         except httpx.TimeoutException:
-            return ApiError(504, "The decode server did not answer in time.", code="backend_timeout")
+            return _failed(Failure.LATE, reply)
         except httpx.TransportError as error:
-            self._fleet.suspect(backend, f"failed ({type(error).__name__})")
-            return bad_gateway("The decode server failed.")
+            return _failed(Failure.BROKEN, reply, type(error).__name__)
+
+    def _stopped(self, reply: Reply | None = None) -> Failed:
+        """A call was given up: the backend has fallen silent, or the router ends."""
+        return _failed(Failure.ENDING if self._status.ending.is_set() else Failure.SILENT, reply)
 
 
-def bad_gateway(message: str) -> ApiError:
-    """A 502 for what a backend did."""
-    return ApiError(502, message, code="bad_gateway")
+def _failed(failure: Failure, reply: Reply | None, why: str = "") -> Failed:
+    return Failed(failure=failure, why=why, begun=reply is not None and reply.status is not None)

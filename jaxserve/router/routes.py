@@ -11,6 +11,7 @@ from jaxserve.router.ask import Ask, Upstream
 from jaxserve.router.counts import Tally, families, make_registry
 from jaxserve.router.fleet import Backend, Fleet
 from jaxserve.router.options import RouterOptions
+from jaxserve.router.probes import Probes
 from jaxserve.router.relay import Reply, Stopped, unless
 from jaxserve.router.status import RouterStatus
 from jaxserve.server.answers import error_response, json_response
@@ -23,8 +24,9 @@ from metrics.prometheus import render
 class PassedRoutes:
     """ASGI application of the routes that any decode server can answer: models, tokens."""
 
-    def __init__(self, fleet: Fleet, upstream: Upstream) -> None:
-        self._fleet = fleet
+    def __init__(self, probes: Probes, upstream: Upstream) -> None:
+        self._probes = probes
+        self._fleet = probes.fleet
         self._upstream = upstream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,7 +48,7 @@ class PassedRoutes:
         backend = self._fleet.pick("decode")
         while backend is not None:
             try:
-                await unless((backend.silent,), self._relay(backend, ask, reply))
+                await unless((self._probes.silent(backend),), self._relay(backend, ask, reply))
                 return await reply.end()
             except (httpx.TransportError, Stopped) as error:
                 self._fleet.suspect(backend, f"failed ({type(error).__name__})")

@@ -6,8 +6,8 @@ from starlette.applications import Starlette
 
 from jaxserve.router.app import create_router
 from jaxserve.router.ask import Upstream
-from jaxserve.router.fleet import Fleet
 from jaxserve.router.options import RouterOptions
+from jaxserve.router.probes import Probes
 from jaxserve.router.status import RouterStatus
 from jaxserve.server.run import Server, reserve_port
 
@@ -16,21 +16,21 @@ class RouterServer(Server):
     """The server around a router: its health checks run from before the port opens until it is closed."""
 
     def __init__(self, options: RouterOptions) -> None:
-        self._fleet = Fleet(options)
+        self._probes = Probes(options)
         self._upstream = Upstream(options)
-        app: Starlette = create_router(options, self._fleet, self._upstream)
+        app: Starlette = create_router(options, self._probes, self._upstream)
         self._work: RouterStatus = app.state.status
         super().__init__(app, self._work, options.server)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Looks at every backend once, then begins to listen."""
-        await self._fleet.start()
+        await self._probes.start()
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Closes the port and then what is behind it."""
         await super().shutdown(sockets)
-        await self._fleet.close()
+        await self._probes.close()
         await self._upstream.close()
 
     def stop(self, exit_code: int) -> None:

@@ -36,6 +36,9 @@ def test_imports_keep_the_contracts() -> None:
         ("jaxserve/core.py", "import time", "Cores and the simulator"),
         ("jaxserve/sim/bad.py", "from asyncio import sleep", "Cores and the simulator"),
         ("jaxserve/sim/bad.py", "import threading", "Cores and the simulator"),
+        ("jaxserve/drain.py", "import time", "Cores and the simulator"),
+        ("jaxserve/router/route.py", "import asyncio", "Cores and the simulator"),
+        ("jaxserve/router/fleet.py", "import random", "Cores and the simulator"),
         ("jaxserve/bad.py", "import starlette", "HTTP has one door"),
         ("jaxserve/bad.py", "import nixl", "NIXL has one door"),
         ("kv/bad.py", "from nixl._api import nixl_agent", "NIXL has one door"),
@@ -48,11 +51,14 @@ def test_a_broken_contract_is_noticed(tmp_path: Path, path: str, line: str, brok
     for package in tomllib.loads(text)["tool"]["importlinter"]["root_packages"]:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
-    named = re.findall(r'"((?:kv|scheduler|metrics|jaxserve)\.\w+)[" ]', text)
-    (tmp_path / "jaxserve" / "sim").mkdir()
-    (tmp_path / "jaxserve" / "sim" / "__init__.py").touch()
-    for module in {"kv.types", "scheduler.types", "metrics.stats", *named} - {"jaxserve.sim"}:
-        (tmp_path / f"{module.replace('.', '/')}.py").touch()
+    named = {"kv.types", "scheduler.types", "metrics.stats", "jaxserve.sim.clockwork"}
+    named |= set(re.findall(r'"((?:kv|scheduler|metrics|jaxserve)(?:\.\w+)+)[" ]', text))
+    for module in named:
+        place = tmp_path / f"{module.replace('.', '/')}.py"
+        place.parent.mkdir(exist_ok=True)
+        (place.parent / "__init__.py").touch()
+        if not any(other.startswith(f"{module}.") for other in named):
+            place.touch()
     assert lint_imports(tmp_path).returncode == 0
     (tmp_path / path).write_text(line + "\n")
     linted = lint_imports(tmp_path)
