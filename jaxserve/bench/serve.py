@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
+from jaxserve import plot
 from jaxserve.bench.client import Ask, BadStream, Endpoint, body_of, first_model, request
 from jaxserve.bench.datasets import Prompt, random_prompts
 from jaxserve.bench.load import closed_loop, open_loop, send_times
@@ -31,6 +32,7 @@ from jaxserve.bench.options import (
     recorded,
     slo_of,
 )
+from jaxserve.bench.plot import serve_charts
 from jaxserve.bench.stats import RequestRecord, Summary, as_json, ratios, summarize
 from jaxserve.bench.tables import ratio_table, summary_table
 
@@ -134,6 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="count requests that keep these bounds, e.g. ttft:500 tpot:50 e2el:9000",
     )
     add("--json", type=Path, metavar="FILE", help="write the report here, too")
+    add("--plot", type=Path, metavar="FILE", help="draw latencies and throughput, as PNG, SVG or PDF")
     add("--save-detailed", action="store_true", help="with every request's times in it")
     add("--disable-tqdm", action="store_true", help="no progress bar")
 
@@ -141,6 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 if every request succeeded, 1 if one failed, 2 if nothing could be measured."""
     try:
+        if args.plot is not None:
+            plot.check_path(args.plot)
         labels = _labels(args.base_url or [DEFAULT_URL], args.label)
         slo = slo_of(args.goodput)
         prompts = prompts_of(args)
@@ -171,6 +176,12 @@ def run(args: argparse.Namespace) -> int:
             "ratios": as_json(compared),
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot is not None:
+        shown = {
+            endpoint.label: [each.records for each in own]
+            for endpoint, own in zip(endpoints, rounds, strict=True)
+        }
+        plot.write(args.plot, serve_charts(shown))
     return 1 if any(total.failed for total in totals) else 0
 
 

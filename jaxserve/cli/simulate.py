@@ -8,13 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jaxserve import plot
 from jaxserve.bench.options import at_least, rate
 from jaxserve.bench.stats import Slo
 from jaxserve.config import ConfigError
+from jaxserve.plot import PlotError
 from jaxserve.sim.costs import CostError, read_table
 from jaxserve.sim.cover import thin
 from jaxserve.sim.faults import NAMES
-from jaxserve.sim.plot import report_figure
+from jaxserve.sim.plot import report_charts
 from jaxserve.sim.report import Report, comparison_text, report_json, report_text
 from jaxserve.sim.seeds import run_seeds, summary_text
 from jaxserve.sim.traffic import BLOCK_TOKENS, Trace, TraceError, read_trace
@@ -69,7 +71,7 @@ def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     add("--itl-slo", type=rate, metavar="MS",
         help="and with so long between their tokens, on average per request")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the report here, with every request")
-    add("--plot", type=Path, metavar="FILE", help="draw it, as SVG")
+    add("--plot", type=Path, metavar="FILE", help="draw it, as PNG, SVG or PDF")
     add("--disable-tqdm", action="store_true", help="no progress bar")
 
 
@@ -82,12 +84,14 @@ def _simulate(args: argparse.Namespace) -> int:
     if args.trace is None or args.step_cost is None:
         raise ConfigError("either --seeds, or --trace and --step-cost, say what is simulated")
     try:
+        if args.plot is not None:
+            plot.check_path(args.plot)
         trace = read_trace(args.trace, block_tokens=args.trace_block_size).faster(args.speed)
         if args.num_prompts is not None:
             trace = trace.first(args.num_prompts)
         reports = _run(args, trace)
         _write(args, reports)
-    except (TraceError, CostError) as error:
+    except (TraceError, CostError, PlotError) as error:
         raise ConfigError(str(error)) from error
     return 0
 
@@ -136,16 +140,13 @@ def _write(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     """The files that were asked for.
 
     Raises:
-        ConfigError: one cannot be written.
+        ConfigError: the report cannot be written.
+        PlotError: nor the plot.
     """
-    wanted = (
-        (args.json, lambda: json.dumps([report_json(report) for report in reports], indent=1) + "\n"),
-        (args.plot, lambda: report_figure(reports)),
-    )
-    for path, content in wanted:
-        if path is None:
-            continue
+    if args.json is not None:
         try:
-            path.write_text(content())
+            args.json.write_text(json.dumps([report_json(report) for report in reports], indent=1) + "\n")
         except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from error
+            raise ConfigError(f"{args.json}: {error.strerror}") from error
+    if args.plot is not None:
+        plot.write(args.plot, report_charts(reports))

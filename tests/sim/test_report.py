@@ -1,20 +1,14 @@
 """Reports and their pictures say what the records say."""
 
-import itertools
 import json
-import math
-import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxserve.bench.stats import RequestRecord, Slo
-from jaxserve.sim.plot import Bars, Chart, Line, cumulative, figure, report_figure, ticks
+from jaxserve.plot import Bars, Chart, picture
+from jaxserve.sim.plot import report_charts
 from jaxserve.sim.report import EngineUse, Report, comparison_text, report_json, report_text
 from metrics.stats import PrefillStats, PromptTokenStats
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def sources(*splits: tuple[int, int, int]) -> PromptTokenStats:
@@ -93,74 +87,17 @@ def test_a_run_in_which_nothing_was_served_can_be_told():
     assert "1 FAILED" in report_text(made)
     assert "-" in comparison_text([made])
     json.dumps(report_json(made), allow_nan=False)
-    ElementTree.fromstring(report_figure([made]))
+    assert picture(report_charts([made]), kind="svg")
 
 
-def polylines(svg: str) -> list[list[tuple[float, float]]]:
-    """Points of every curve, in pixels."""
-    curves = ElementTree.fromstring(svg).iter(f"{SVG}polyline")
-    return [
-        [(float(x), float(y)) for x, y in (pair.split(",") for pair in curve.attrib["points"].split())]
-        for curve in curves
-    ]
-
-
-@given(
-    st.lists(
-        st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), max_size=8),
-        min_size=1,
-        max_size=4,
+def test_the_charts_of_a_report_say_what_its_records_say():
+    first, between, waiting, split = report_charts([report("1P + 1D"), report("2P + 1D")])
+    assert isinstance(first, Chart) and [line.label for line in first.lines] == ["1P + 1D", "2P + 1D"]
+    assert [x for x, _ in first.lines[0].points] == pytest.approx([0.1, 0.1, 0.5, 1.5])
+    assert isinstance(between, Chart) and between.lines[0].points[-1][1] == 100.0
+    assert isinstance(waiting, Chart) and max(count for _, count in waiting.lines[0].points) >= 1
+    assert isinstance(split, Bars)
+    assert split.bars[:2] == (
+        ("1P + 1D: prefill", (140.0, 60.0, 0.0)),
+        ("1P + 1D: decode", (10.0, 30.0, 160.0)),
     )
-)
-def test_curves_stay_in_their_chart_in_order(lines):
-    chart = Chart(
-        title="t",
-        x_label="x",
-        y_label="y",
-        lines=tuple(Line(label=f"<{i}>", points=tuple(points)) for i, points in enumerate(lines)),
-    )
-    drawn = polylines(figure([chart]))
-    assert [len(curve) for curve in drawn] == [len(points) for points in lines]
-    for curve, points in zip(drawn, lines, strict=True):
-        assert all(0 <= x <= 460 and 0 <= y <= 300 for x, y in curve)
-        for (ax, ay), (bx, by), a, b in zip(curve, curve[1:], points, points[1:], strict=False):
-            assert (ax <= bx + 0.1) or a[0] > b[0]
-            assert (ay >= by - 0.1) or a[1] > b[1]
-
-
-@given(st.floats(1e-6, 1e9))
-def test_ticks_are_few_and_reach_the_top(top):
-    marks = ticks(top)
-    assert marks[0] == 0 and marks[-1] >= top * (1 - 1e-6) and 2 <= len(marks) <= 8
-    assert marks[-2] < top
-
-
-def test_what_is_no_number_is_not_drawn():
-    line = Line(label="a", points=((0.0, 1.0), (math.nan, 2.0), (1.0, math.inf), (2.0, 3.0)))
-    assert line.finite == ((0.0, 1.0), (2.0, 3.0))
-    assert ticks(0) == ticks(1) == ticks(math.inf)
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=500))
-def test_a_cumulative_curve_rises_from_nothing_to_all(values):
-    points = cumulative("a", values).points
-    assert points[0] == (min(values), 0.0) and points[-1] == (max(values), 100.0)
-    assert all(a[0] <= b[0] and a[1] < b[1] for a, b in itertools.pairwise(points))
-    x, share = points[len(points) // 2]
-    assert sum(value <= x for value in values) / len(values) * 100 >= share - 1e-9
-    assert cumulative("a", []).points == ()
-
-
-def test_bars_have_the_size_of_their_parts():
-    bars = Bars(title="t", parts=("a", "b"), bars=(("one", (1.0, 3.0)), ("none", (0.0, 0.0))))
-    boxes = ElementTree.fromstring(figure([bars])).iter(f"{SVG}rect")
-    widths = [float(box.attrib["width"]) for box in boxes if box.attrib["height"] not in ("10", "300")]
-    assert widths[1] == pytest.approx(3 * widths[0], rel=1e-3) and widths[2:] == [0, 0]
-
-
-def test_the_figure_of_a_report_has_four_charts():
-    svg = report_figure([report("1P + 1D"), report("2P + 1D")])
-    texts = [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
-    for title in ("Time to first token", "Between tokens", "Requests under way", "Prompt tokens by source"):
-        assert title in texts
-    assert "1P + 1D: prefill" in texts and len(polylines(svg)) == 6

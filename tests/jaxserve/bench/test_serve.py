@@ -102,8 +102,19 @@ SMALL = ("--num-prompts", "6", "--input-len", "8", "--output-len", "4")
 def test_one_server(fake: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
     words = ["--base-url", fake.url, *SMALL, "--concurrency", "2", "--ignore-eos", "--api-key", "secret"]
-    status = run(*words, "--goodput", "ttft:5000", "tpot:0.0001", "--json", str(path), "--save-detailed")
+    status = run(
+        *words,
+        "--goodput",
+        "ttft:5000",
+        "tpot:0.0001",
+        "--json",
+        str(path),
+        "--save-detailed",
+        "--plot",
+        str(tmp_path / "plot.png"),
+    )
     assert status == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert len(fake.bodies) == 7 and all(len(body["prompt"]) == 8 for body in fake.bodies)
     assert all(body["ignore_eos"] and body["max_tokens"] == 4 for body in fake.bodies)
     assert set(fake.keys) == {"Bearer secret"}
