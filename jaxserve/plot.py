@@ -1,16 +1,14 @@
 """Charts of what was measured or simulated, drawn by matplotlib: an optional dependency, `jaxserve[plot]`."""
 
+import importlib
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FORMATS = ("png", "svg", "pdf")
 CHART_INCHES = (4.8, 3.2)
@@ -79,10 +77,7 @@ def check_path(path: Path) -> Path:
         raise PlotError(f"{path}: the name of a plot ends with .{', .'.join(FORMATS)}")
     if not path.parent.is_dir():
         raise PlotError(f"{path}: No such file or directory")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PlotError("plots need matplotlib: pip install 'jaxserve[plot]'") from None
+    _matplotlib()
     return path
 
 
@@ -100,15 +95,18 @@ def write(path: Path, charts: Sequence[Chart | Bars], *, columns: int = 2) -> No
 
 
 def picture(charts: Sequence[Chart | Bars], *, columns: int = 2, kind: str = "png") -> bytes:
-    """Charts side by side as the bytes of a file; `kind` is one of FORMATS."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    """Charts side by side as the bytes of a file; `kind` is one of FORMATS.
 
+    Raises:
+        PlotError: matplotlib is not installed.
+    """
+    matplotlib = _matplotlib()
     columns = max(1, min(columns, len(charts)))
     rows = max(1, -(-len(charts) // columns))
     # Text stays text in SVG; and without pyplot there is no state that outlives this call.
-    with rc_context({"svg.fonttype": "none"}):
-        figure = Figure(figsize=(columns * CHART_INCHES[0], rows * CHART_INCHES[1]), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        size = columns * CHART_INCHES[0], rows * CHART_INCHES[1]
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         places = figure.subplots(rows, columns, squeeze=False).flat
         for axes, chart in zip(places, charts, strict=False):
             axes.set_title(chart.title)
@@ -123,7 +121,16 @@ def picture(charts: Sequence[Chart | Bars], *, columns: int = 2, kind: str = "pn
     return content.getvalue()
 
 
-def _curves(axes: "Axes", chart: Chart) -> None:
+def _matplotlib() -> Any:
+    """The library, where it is installed. Servers never draw, and it takes most of a second to import."""
+    try:
+        importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib")
+    except ImportError:
+        raise PlotError("plots need matplotlib: pip install 'jaxserve[plot]'") from None
+
+
+def _curves(axes: Any, chart: Chart) -> None:
     for line in chart.lines:
         xs, ys = zip(*line.finite, strict=True) if line.finite else ((), ())
         axes.plot(xs, ys, label=line.label, marker="o" if len(xs) < 20 else "")
@@ -135,7 +142,7 @@ def _curves(axes: "Axes", chart: Chart) -> None:
         axes.legend(loc="best", fontsize="small")
 
 
-def _bars(axes: "Axes", chart: Bars) -> None:
+def _bars(axes: Any, chart: Bars) -> None:
     """Horizontal bars, the first on top."""
     names, left = [name for name, _ in chart.bars], np.zeros(len(chart.bars))
     for index, part in enumerate(chart.parts):
