@@ -28,9 +28,9 @@ from jaxserve.router.route import (
     PassRefusal,
     Probe,
     Probed,
+    Route,
     Verdict,
     judge,
-    route,
 )
 from jaxserve.router.status import RouterStatus
 from jaxserve.server.body import ClientGone
@@ -82,13 +82,12 @@ class GenerationFlow:
     async def _answer(self, path: str, headers: Headers, raw: bytes, reply: Reply) -> None:
         call = read_call(raw)
         asking = Asking(path=path, headers=headers, call=call, reply=reply)
-        way = route(self._probes.fleet, self._tally, direct=call.direct)
-        order = next(way)
+        route = Route(self._probes.fleet, self._tally, direct=call.direct)
         while True:
-            match order:
-                case AskPrefill():
+            match route.order:
+                case AskPrefill() as order:
                     outcome = await self._prefill(order, asking)
-                case AskDecode():
+                case AskDecode() as order:
                     outcome = await self._decode(order, asking)
                 case Probe(backend=backend):
                     outcome = Probed(well=await self._probes.probe(backend))
@@ -101,7 +100,7 @@ class GenerationFlow:
                     raise error
                 case BreakOff(error=error):
                     return await reply.break_off(error)
-            order = way.send(outcome)
+            route.take(outcome)
 
     async def _prefill(self, order: AskPrefill, asking: Asking) -> Outcome:
         """Puts the prompt to P."""

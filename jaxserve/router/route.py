@@ -1,11 +1,11 @@
 """What becomes of one generation request: P computes the prompt, D generates, and what if one of them fails.
 
-Only decides. `route` yields orders and is sent what came of them, as values; who executes them has the
-clock, the connections and the client: `flow` on an event loop, the simulator by events.
+Only decides. A `Route` gives orders and takes what came of them, as values; who executes them has the clock,
+the connections and the client: `flow` on an event loop, the simulator by events.
 """
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -171,136 +171,140 @@ def judge(fleet: Fleet, asked: AskDecode, status: int) -> Verdict:
     return Verdict.PASS_ON
 
 
-Way = Generator[Order, Outcome, None]
-"""Its last order is an End, the only one of its kind."""
+class Route:
+    """One request's way. Its state is plain values, so that it can be copied between two events.
 
-
-def route(fleet: Fleet, counts: Counts, *, direct: str | None = None) -> Way:
-    """One request's way.
-
-    Args:
-        direct: why D is to answer alone; None: P computes the prompt first.
-
-    Raises:
-        ValueError: sent an outcome that does not come of the last order.
+    Attributes:
+        order: what is to be done now; the last one is an End.
     """
-    params = None
-    if direct is not None:
-        counts.direct(direct)
-    else:
-        prefilled = yield from _prefill(fleet, counts)
-        if isinstance(prefilled, PassRefusal | GiveUp):
-            yield prefilled
+
+    def __init__(self, fleet: Fleet, counts: Counts, *, direct: str | None = None) -> None:
+        """Args: direct: why D is to answer alone; None: P computes the prompt first."""
+        self._fleet, self._counts = fleet, counts
+        self._params: Params | None = None
+        self._retried = False
+        self._problem: Failed | LeftUnread | None = None
+        self.order: Order
+        if direct is not None:
+            counts.direct(direct)
+            self.order = self._to_decode(None)
             return
-        params = prefilled
-    end = yield from _decode(fleet, counts, params)
-    if end is None:
-        logger.warning("a decode server does not take the parameters of a prefill server")
-        counts.fallback("params_refused")
-        end = yield from _decode(fleet, counts, None)
-    if end is None:
-        raise ValueError("parameters that were not sent were refused")
-    yield end
+        backend = fleet.pick("prefill")
+        if backend is not None:
+            self.order = AskPrefill(backend=backend)
+        else:
+            counts.fallback("no_prefill_server")
+            self.order = self._to_decode(None)
 
+    def take(self, outcome: Outcome) -> Order:
+        """What has come of the order; returns the next.
 
-def _prefill(fleet: Fleet, counts: Counts) -> Generator[Order, Outcome, Params | PassRefusal | GiveUp | None]:
-    """P's parameters for D; None: D must compute the prompt.
+        Raises:
+            ValueError: this cannot come of it.
+        """
+        match self.order:
+            case AskPrefill(backend=backend):
+                self.order = self._asked_prefill(backend, outcome)
+            case AskDecode(backend=backend):
+                self.order = self._asked_decode(backend, outcome)
+            case Probe(backend=backend) if isinstance(outcome, Probed):
+                self.order = self._retry(backend) if outcome.well else self._without(backend.role)
+            case order:
+                raise ValueError(f"{outcome} does not come of {order}")
+        return self.order
 
-    One retry: a second failure is more likely the request's than a server's.
-    """
-    backend, asked = fleet.pick("prefill"), 0
-    if backend is None:
-        counts.fallback("no_prefill_server")
-        return None
-    while backend is not None:
-        outcome, asked = (yield AskPrefill(backend=backend)), asked + 1
+    def _asked_prefill(self, backend: Backend, outcome: Outcome) -> Order:
         match outcome:
             case Answered(status=200, params=params):
                 if not params:
-                    counts.fallback("no_params")
-                return params or None
+                    self._counts.fallback("no_params")
+                return self._to_decode(params or None)
             case Answered(status=status) if 400 <= status < 500:
                 return PassRefusal()
             case Answered(status=status):
                 why = f"status {status}"
             case Failed(failure=Failure.ENDING):
-                return GiveUp(error=_ending())
+                return GiveUp(error=_error_of(outcome))
             case Failed(failure=failure):
                 why = outcome.why or failure.value
                 if failure is Failure.BROKEN:
-                    fleet.suspect(backend, f"failed ({why})")
+                    self._fleet.suspect(backend, f"failed ({why})")
             case _:
                 raise ValueError(f"{outcome} does not come of asking P")
         logger.warning("prefill server %s: %s", backend.url, why)
-        backend = (yield from _again(fleet, backend)) if asked == 1 else None
-        if backend is not None:
-            counts.retry("prefill")
-    logger.warning("no prefill server could be used")
-    counts.fallback("prefill_failed")
-    return None
+        return self._again(backend)
 
-
-def _decode(fleet: Fleet, counts: Counts, params: Params | None) -> Generator[Order, Outcome, End | None]:
-    """How the request ends; None: it may end better without the parameters.
-
-    A second D gets the same parameters: P keeps the pages until they were read or their lease ends.
-    """
-    backend, asked, error = fleet.pick("decode"), 0, unavailable("No decode server can be reached.")
-    while backend is not None:
-        outcome = yield AskDecode(backend=backend, params=params, spares=not asked)
-        asked += 1
+    def _asked_decode(self, backend: Backend, outcome: Outcome) -> Order:
         match outcome:
             case Passed():
                 return Finish()
-            case ParamsRefused() if params is not None:
-                return None
-            case LeftUnread(status=status):
-                error = _bad_gateway(f"A decode server answered {status}.")
+            case ParamsRefused() if self._params is not None:
+                logger.warning("a decode server does not take the parameters of a prefill server")
+                self._counts.fallback("params_refused")
+                return self._to_decode(None)
             case Failed():
-                error = _error_of(outcome)
                 if outcome.failure is Failure.BROKEN:
-                    fleet.suspect(backend, f"failed ({outcome.why or outcome.failure.value})")
+                    self._fleet.suspect(backend, f"failed ({outcome.why or outcome.failure.value})")
                 if outcome.begun:
-                    return BreakOff(error=error)
+                    return BreakOff(error=_error_of(outcome))
                 if outcome.failure is Failure.ENDING:
-                    return GiveUp(error=error)
+                    return GiveUp(error=_error_of(outcome))
+            case LeftUnread():
+                pass
             case _:
                 raise ValueError(f"{outcome} does not come of asking D")
-        backend = (yield from _again(fleet, backend)) if asked == 1 else None
-        if backend is not None:
-            counts.retry("decode")
-    return GiveUp(error=error)
+        self._problem = outcome
+        return self._again(backend)
+
+    def _again(self, failed: Backend) -> Order:
+        """One retry: a second failure is more likely the request's than a server's. Another is asked, or the
+        same where it answers a health check."""
+        if self._retried:
+            return self._without(failed.role)
+        other = self._fleet.pick(failed.role, other_than=failed)
+        return Probe(backend=failed) if other is None else self._retry(other)
+
+    def _retry(self, backend: Backend) -> Order:
+        """A second D gets the same parameters: P keeps the pages until they were read or their lease ends."""
+        self._retried = True
+        self._counts.retry(backend.role)
+        if backend.role == "prefill":
+            return AskPrefill(backend=backend)
+        return AskDecode(backend=backend, params=self._params, spares=False)
+
+    def _without(self, role: str) -> Order:
+        """Nobody of this role can be asked any more."""
+        if role == "prefill":
+            logger.warning("no prefill server could be used")
+            self._counts.fallback("prefill_failed")
+            return self._to_decode(None)
+        return GiveUp(error=_error_of(self._problem))
+
+    def _to_decode(self, params: Params | None) -> Order:
+        self._params, self._retried, self._problem = params, False, None
+        backend = self._fleet.pick("decode")
+        if backend is None:
+            return self._without("decode")
+        return AskDecode(backend=backend, params=params, spares=True)
 
 
-def _again(fleet: Fleet, failed: Backend) -> Generator[Order, Outcome, Backend | None]:
-    """Whom to ask after `failed` has failed: another, or itself where it answers a health check."""
-    other = fleet.pick(failed.role, other_than=failed)
-    if other is not None:
-        return other
-    match (yield Probe(backend=failed)):
-        case Probed(well=well):
-            return failed if well else None
-        case outcome:
-            raise ValueError(f"{outcome} does not come of a health check")
-
-
-def _error_of(failed: Failed) -> ApiError:
-    """What the client is told of D's failure."""
-    match failed.failure:
-        case Failure.ENDING:
-            return _ending()
-        case Failure.SILENT:
-            return _bad_gateway("The decode server has fallen silent.")
-        case Failure.TOO_LARGE:
-            return _bad_gateway("The decode server's refusal is too large.")
-        case Failure.LATE:
+def _error_of(problem: Failed | LeftUnread | None) -> ApiError:
+    """What the client is told; None: there was nobody to ask."""
+    match problem:
+        case None:
+            return unavailable("No decode server can be reached.")
+        case LeftUnread(status=status):
+            return _bad_gateway(f"A decode server answered {status}.")
+        case Failed(failure=Failure.ENDING):
+            return unavailable("The router is shutting down.")
+        case Failed(failure=Failure.LATE):
             return ApiError(504, "The decode server did not answer in time.", code="backend_timeout")
-        case Failure.BROKEN | Failure.NONSENSE:
+        case Failed(failure=Failure.SILENT):
+            return _bad_gateway("The decode server has fallen silent.")
+        case Failed(failure=Failure.TOO_LARGE):
+            return _bad_gateway("The decode server's refusal is too large.")
+        case Failed():
             return _bad_gateway("The decode server failed.")
-
-
-def _ending() -> ApiError:
-    return unavailable("The router is shutting down.")
 
 
 def _bad_gateway(message: str) -> ApiError:

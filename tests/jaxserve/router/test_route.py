@@ -1,5 +1,6 @@
 """Every way that a request can take through the router, whatever becomes of its calls."""
 
+import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -27,9 +28,9 @@ from jaxserve.router.route import (
     PassRefusal,
     Probe,
     Probed,
+    Route,
     Verdict,
     judge,
-    route,
 )
 
 PARAMS = {"seal": "x"}
@@ -82,8 +83,8 @@ class Ran:
 def run(data: st.DataObject, fleet: Fleet, *, direct: str | None = None) -> Ran:
     """Executes a way; chance says what becomes of each order, as far as it can come of it."""
     tally, steps = Tallied(), []
-    way = route(fleet, tally, direct=direct)
-    order = next(way)
+    way = Route(fleet, tally, direct=direct)
+    order = way.order
     while not isinstance(order, End):
         match order:
             case AskPrefill():
@@ -100,9 +101,9 @@ def run(data: st.DataObject, fleet: Fleet, *, direct: str | None = None) -> Ran:
         assert len(steps) < 20, "it goes on and on"
         for backend in fleet.backends:  # others fail and come back meanwhile
             backend.healthy = backend.healthy ^ (data.draw(st.integers(0, 9)) == 0)
-        order = way.send(outcome)
-    with pytest.raises(StopIteration):
-        next(way)
+        order = way.take(outcome)
+    with pytest.raises(ValueError, match="does not come"):
+        way.take(Passed())
     return Ran(steps=steps, end=order, counts=tally.counts)
 
 
@@ -164,29 +165,29 @@ def test_every_way_ends_once_with_one_retry_a_step_and_says_why(data, prefill, d
 def test_whoever_breaks_is_not_asked_before_a_health_check(data, prefill, decode):
     fleet = fleet_of(prefill, decode)
     tally = Tallied()
-    way = route(fleet, tally)
-    order, broken = next(way), set()
+    way = Route(fleet, tally)
+    order, broken = way.order, set()
     while not isinstance(order, End):
         if isinstance(order, Probe):
             assert order.backend in broken
             assert not fleet.has_other(order.backend), "another is asked first"
             broken.discard(order.backend)
-            order = way.send(Probed(well=fleet.probe_answered(order.backend, 200)))
+            order = way.take(Probed(well=fleet.probe_answered(order.backend, 200)))
             continue
         assert order.backend.healthy and order.backend not in broken
         broken.add(order.backend)
-        order = way.send(Failed(failure=Failure.BROKEN))
+        order = way.take(Failed(failure=Failure.BROKEN))
         assert all(not backend.healthy for backend in broken)
     assert isinstance(order, GiveUp)
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_router_that_ends_asks_nobody_else(stage: str):
-    way = route(fleet_of([True, True], [True, True]), Tallied())
-    order = next(way)
+    way = Route(fleet_of([True, True], [True, True]), Tallied())
+    order = way.order
     if stage == "decode":
-        order = way.send(Answered(status=200, params=PARAMS))
-    order = way.send(Failed(failure=Failure.ENDING))
+        order = way.take(Answered(status=200, params=PARAMS))
+    order = way.take(Failed(failure=Failure.ENDING))
     assert isinstance(order, GiveUp) and order.error.status == 503
 
 
@@ -204,12 +205,21 @@ def test_only_what_speaks_of_the_server_is_kept_from_the_client(
     assert (verdict is Verdict.READ) == (status == 400 and params is not None)
 
 
+def test_a_way_can_be_copied_between_two_events():
+    """A simulation is brought back to what it was and goes on otherwise."""
+    fleet = fleet_of([True], [True, True])
+    way = Route(fleet, Tallied())
+    way.take(Answered(status=200, params=PARAMS))
+    other = pickle.loads(pickle.dumps(way))
+    assert isinstance(way.take(Passed()), Finish)
+    order = other.take(LeftUnread(status=503))
+    assert isinstance(order, AskDecode) and (order.backend.url, order.params) == ("d1", PARAMS)
+
+
 def test_an_outcome_of_something_else_is_a_mistake():
-    way = route(fleet_of([True], [True]), Tallied())
-    next(way)
+    way = Route(fleet_of([True], [True]), Tallied())
     with pytest.raises(ValueError, match="asking P"):
-        way.send(Passed())
-    way = route(fleet_of([True], [True]), Tallied(), direct="truncation")
-    next(way)
+        way.take(Passed())
+    way = Route(fleet_of([True], [True]), Tallied(), direct="truncation")
     with pytest.raises(ValueError, match="asking D"):
-        way.send(ParamsRefused())
+        way.take(ParamsRefused())
