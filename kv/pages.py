@@ -8,6 +8,7 @@ changes it.
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -79,17 +80,20 @@ class Pages:
         """
         if count > self.available:
             raise ValueError(f"{count} pages asked, {self.available} available")
-        taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        evicted = []
-        while len(taken) < count:
-            page = next(self.idle_pages())
-            del self._idle[page]
-            self._cached[page] = 0
-            evicted.append(page)
-            taken.append(page)
-        for page in taken:
-            self.refs[page] = 1
-            self.generation[page] += 1
+        kept = max(0, len(self._free) - count)
+        taken = self._free[kept:]
+        taken.reverse()
+        del self._free[kept:]
+        evicted: list[int] = []
+        if len(taken) < count:
+            evicted += islice(self.idle_pages(), count - len(taken))
+            for page in evicted:
+                del self._idle[page]
+                self._cached[page] = 0
+            taken += evicted
+        index = np.array(taken, np.intp)
+        self.refs[index] = 1
+        self.generation[index] += 1
         return taken, evicted
 
     def share(self, page: int) -> None:

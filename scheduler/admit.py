@@ -1,6 +1,5 @@
 """Lets waiting sequences in: prefix match, pages, a slot and a first chunk."""
 
-import bisect
 import heapq
 
 import numpy as np
@@ -19,7 +18,16 @@ from scheduler.loads import (
     start_loads,
 )
 from scheduler.settle import end
-from scheduler.state import NO_TOKEN, SchedulerState, Sequence, Status, peek_waiting, push_waiting
+from scheduler.state import (
+    NO_TOKEN,
+    SchedulerState,
+    Sequence,
+    Status,
+    occupy,
+    peek_waiting,
+    push_waiting,
+    running_slots,
+)
 from scheduler.types import Admitted, Finished, FinishReason, Limits, Request, SchedulerConfig
 
 
@@ -102,12 +110,14 @@ def admit(state: SchedulerState, batch: Batch, limits: Limits) -> list[Admitted]
         _place_fetched(state, batch, sequence)
         for sequence in tuple(state.fetched[: min(len(state.free_slots), _seats(state, limits))])
     ]
-    reserved = _unfilled(state, limits)
+    reserved: int | None = None
     later: list[Sequence] = []
     while batch.budget > 0 and state.free_slots and _seats(state, limits) > 0:
         sequence = peek_waiting(state)
         if sequence is None:
             break
+        if reserved is None:
+            reserved = _unfilled(state, limits)
         queried, found = _lookup(state, sequence)
         hit = len(found[0]) * state.config.page_size
         reads = sequence.index == 0 and not _reads_off(sequence)
@@ -137,7 +147,7 @@ def admit(state: SchedulerState, batch: Batch, limits: Limits) -> list[Admitted]
         if pages > 0:
             take_pages(state, slot, pages)
         reserved += needed - (before - state.pages.available)
-        batch.add(np.array([slot], np.int32), np.array([chunk], np.int32))
+        batch.add(np.array([slot]), np.array([chunk], np.int32))
         admitted.append(_admitted(sequence, slot, queried, hit))
     for sequence in later:
         push_waiting(state, sequence)
@@ -176,15 +186,14 @@ def _place_fetched(state: SchedulerState, batch: Batch, sequence: Sequence) -> A
     if chunk > 0 and pages * len(state.config.windows) <= state.pages.available:
         if pages > 0:
             take_pages(state, slot, pages)
-        batch.add(np.array([slot], np.int32), np.array([chunk], np.int32))
+        batch.add(np.array([slot]), np.array([chunk], np.int32))
     loaded = fetch.sources[-1][1] - fetch.hit
     return _admitted(sequence, slot, fetch.queried, fetch.hit, loaded)
 
 
 def _unfilled(state: SchedulerState, limits: Limits) -> int:
     """Pages that running prompts still need: kept for them, so that two never starve each other."""
-    columns, groups = state.columns, len(state.config.windows)
-    slots = np.fromiter((sequence.slot for sequence in state.running), np.int32, len(state.running))
+    columns, groups, slots = state.columns, len(state.config.windows), running_slots(state)
     total = 0
     for slot in slots[columns.num_tokens[slots] - columns.num_computed[slots] > 1]:
         held = groups * int(columns.num_pages[slot]) - sum(int(first[slot]) for first in columns.first_page)
@@ -247,10 +256,7 @@ def _place(state: SchedulerState, sequence: Sequence, found: list[list[int]], co
     columns.num_pages[slot] = pages
     columns.named_pages[slot] = computed // config.page_size
     _set_stops(state, slot, sampling.stop_token_ids + (() if sampling.ignore_eos else request.eos_token_ids))
-    columns.epochs[slot] += 1
-    state.by_slot[slot] = sequence
-    sequence.slot, sequence.status = slot, Status.RUNNING
-    bisect.insort(state.running, sequence, key=lambda other: other.order)
+    occupy(state, sequence, slot)
     attribute(sequence, None, computed)
     return slot
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from kv.types import DUMMY_PAGE
 from scheduler.preempt import make_room
-from scheduler.state import SchedulerState, Sequence
+from scheduler.state import SchedulerState, Sequence, running_slots
 from scheduler.stores import returning
 from scheduler.types import Preempted, Rows
 
@@ -37,13 +37,13 @@ class Batch:
 
 def fill_running(state: SchedulerState, batch: Batch) -> None:
     """Gives every running sequence its next token or prompt chunk while the budget lasts."""
-    columns = state.columns
-    slots = np.fromiter((sequence.slot for sequence in state.running), np.int32, len(state.running))
+    columns, slots = state.columns, running_slots(state).copy()
     left = columns.num_tokens[slots] - columns.num_computed[slots]
     decodes = slots[left == 1][: batch.budget]
     epochs = columns.epochs[decodes]
     _grow_all(state, batch, decodes, columns.num_computed[decodes] + 1)
-    decodes = decodes[columns.epochs[decodes] == epochs]
+    if batch.preempted:
+        decodes = decodes[columns.epochs[decodes] == epochs]
     if batch.held_back:
         decodes = decodes[[slot not in batch.held_back for slot in decodes]]
     batch.add(decodes, np.ones(len(decodes), np.int32))
@@ -60,9 +60,9 @@ def _fill_chunk(state: SchedulerState, batch: Batch, sequence: Sequence, slot: i
     computed = int(columns.num_computed[slot])
     chunk = min(int(columns.num_tokens[slot]) - computed, batch.budget)
     epoch = columns.epochs[slot]
-    _grow_all(state, batch, np.array([slot], np.int32), np.array([computed + chunk]))
+    _grow_all(state, batch, np.array([slot]), np.array([computed + chunk]))
     if columns.epochs[slot] == epoch and slot not in batch.held_back:
-        batch.add(np.array([slot], np.int32), np.array([chunk], np.int32))
+        batch.add(np.array([slot]), np.array([chunk], np.int32))
 
 
 def _drop_preempted(state: SchedulerState, batch: Batch) -> None:
@@ -79,15 +79,21 @@ def _grow_all(state: SchedulerState, batch: Batch, slots: np.ndarray, lengths: n
     """Gives the slots pages for `lengths` tokens each. Most decodes have room and cost nothing here."""
     columns, size = state.columns, state.config.page_size
     leave_window(state, slots)
-    missing = -(-lengths // size) - columns.num_pages[slots]
-    for place in np.nonzero(missing > 0)[0]:
-        sequence = state.by_slot[slots[place]]
+    full = (lengths > columns.num_pages[slots] * size).nonzero()[0]
+    if not len(full):
+        return
+    slots = slots[full]
+    missing = -(-lengths[full] // size) - columns.num_pages[slots]
+    if int(missing.sum()) * len(columns.page_tables) <= state.pages.available and missing.max() == 1:
+        _take_one_each(state, slots)
+        return
+    for slot, count in zip(slots.tolist(), missing.tolist(), strict=True):
+        sequence = state.by_slot[slot]
         if sequence is None or sequence.slot is None:
             continue
-        count = int(missing[place])
         short = count * len(columns.page_tables) - state.pages.available
         if short > 0 and returning(state) >= short:
-            batch.held_back.add(int(slots[place]))
+            batch.held_back.add(slot)
             continue
         batch.preempted += make_room(state, sequence, count * len(columns.page_tables))
         if sequence.slot is not None:
@@ -106,6 +112,20 @@ def take_pages(state: SchedulerState, slot: int, count: int) -> None:
     columns.num_pages[slot] = used + count
 
 
+def _take_one_each(state: SchedulerState, slots: np.ndarray) -> None:
+    """Appends one fresh page to each page table of each slot, as `take_pages` would one slot after another.
+    There is room for all."""
+    columns = state.columns
+    taken, evicted = state.pages.take(len(slots) * len(columns.page_tables))
+    for page in evicted:
+        state.prefix.evict(page)
+    fresh = np.array(taken, np.int32).reshape(len(slots), -1)
+    used = columns.num_pages[slots]
+    for group, table in enumerate(columns.page_tables):
+        table[slots, used] = fresh[:, group]
+    columns.num_pages[slots] = used + 1
+
+
 def leave_window(state: SchedulerState, slots: np.ndarray) -> None:
     """Releases pages that no coming query can see through its group's sliding window."""
     columns, size = state.columns, state.config.page_size
@@ -115,8 +135,9 @@ def leave_window(state: SchedulerState, slots: np.ndarray) -> None:
         if window is None:
             continue
         seen = np.maximum(columns.num_computed[slots] - window + 1, 0) // size
-        for slot, entry in zip(slots[seen > first[slots]], seen[seen > first[slots]], strict=True):
-            for left in range(int(first[slot]), int(entry)):
+        behind = seen > first[slots]
+        for slot, entry in zip(slots[behind].tolist(), seen[behind].tolist(), strict=True):
+            for left in range(int(first[slot]), entry):
                 state.pages.release(int(table[slot, left]))
                 table[slot, left] = DUMMY_PAGE
             first[slot] = entry
@@ -130,19 +151,20 @@ def pack_rows(state: SchedulerState, batch: Batch) -> tuple[Rows, int, int]:
         computed before a preemption.
     """
     columns = state.columns
-    slots = np.concatenate(batch.slots) if batch.slots else np.zeros(0, np.int32)
-    lens = np.concatenate(batch.lens) if batch.lens else np.zeros(0, np.int32)
-    order = np.argsort(lens > 1, kind="stable")
-    slots, lens = slots[order], lens[order]
+    slots, lens = np.concatenate(batch.slots), np.concatenate(batch.lens)
+    decodes = len(slots)
+    if lens.max(initial=0) > 1:
+        order = np.argsort(lens > 1, kind="stable")
+        slots, lens = slots[order], lens[order]
+        decodes = int((lens == 1).sum())
     starts = columns.num_computed[slots]
     known = columns.num_tokens[slots]
     used = int(columns.num_pages[slots].max(initial=0))
-    decodes = int((lens == 1).sum())
     tokens = [columns.tokens[slots[:decodes], starts[:decodes]]]
     for slot, start, count in zip(slots[decodes:], starts[decodes:], lens[decodes:], strict=True):
         tokens.append(columns.tokens[slot, start : start + count])
     rows = Rows(
-        slots=slots,
+        slots=slots.astype(np.int32),
         starts=starts,
         lens=lens,
         samples=starts + lens == known,
@@ -150,5 +172,8 @@ def pack_rows(state: SchedulerState, batch: Batch) -> tuple[Rows, int, int]:
         tokens=np.concatenate(tokens),
         page_tables=tuple(table[slots, :used] for table in columns.page_tables),
     )
-    again = np.clip(columns.high_water[slots] - starts, 0, lens)
-    return rows, int((lens - again)[rows.num_outputs == 0].sum()), int(again.sum())
+    first, high_water = rows.num_outputs == 0, columns.high_water[slots]
+    if not np.count_nonzero(first) and not np.count_nonzero(high_water > starts):
+        return rows, 0, 0
+    again = np.clip(high_water - starts, 0, lens)
+    return rows, int((lens - again)[first].sum()), int(again.sum())

@@ -7,6 +7,7 @@ import numpy as np
 
 from kv import prefix
 from kv.moves import Event
+from kv.types import DUMMY_PAGE
 from metrics.stats import PrefillStats
 from scheduler.leases import finish
 from scheduler.loads import drop_fetch, let_peer_go
@@ -134,20 +135,22 @@ def _apply(
     state: SchedulerState, flight: InFlight, outcome: Outcome, stops: dict[tuple[str, int], Stop]
 ) -> Settled:
     columns, rows = state.columns, flight.rows
-    alive = np.nonzero(columns.epochs[rows.slots] == flight.epochs)[0]
-    slots = rows.slots[alive]
+    every = rows.slots.astype(np.intp)  # NumPy indexes five times faster with its own integers
+    alive = (columns.epochs[every] == flight.epochs).nonzero()[0]
+    slots = every[alive]
     columns.num_computed[slots] = rows.starts[alive] + rows.lens[alive]
     _publish(state, slots)
+    _settle_prompts(state, slots)
 
-    sampled = alive[rows.samples[alive]].astype(np.int32)
-    slots = rows.slots[sampled]
+    sampled = alive[rows.samples[alive]]
+    slots = every[sampled]
     tokens = outcome.tokens[sampled].astype(np.int32)
-    _settle_prompts(state, rows.slots[alive])
-    columns.tokens[slots, columns.num_tokens[slots]] = tokens
-    columns.num_tokens[slots] += 1
+    known = columns.num_tokens[slots]
+    columns.tokens[slots, known] = tokens
+    columns.num_tokens[slots] = known + 1
 
     prefilled = _first_tokens(state, slots[rows.num_outputs[sampled] == 0])
-    accepted = Accepted(rows=sampled, slots=slots, tokens=tokens)
+    accepted = Accepted(rows=sampled.astype(np.int32), slots=slots.astype(np.int32), tokens=tokens)
     return Settled(
         accepted=accepted, prefilled=tuple(prefilled), finished=tuple(_ends(state, slots, tokens, stops))
     )
@@ -156,22 +159,25 @@ def _apply(
 def _publish(state: SchedulerState, slots: np.ndarray) -> None:
     """Names the pages that became full and enters them in the prefix cache."""
     columns, size = state.columns, state.config.page_size
-    full = columns.num_computed[slots] // size
-    for slot in slots[full > columns.named_pages[slots]]:
+    named = columns.named_pages[slots]
+    full = (columns.num_computed[slots] >= (named + 1) * size).nonzero()[0]
+    if not len(full):
+        return
+    slots, named = slots[full], named[full]
+    whole = columns.num_computed[slots] // size
+    columns.named_pages[slots] = whole
+    for slot, done, now in zip(slots.tolist(), named.tolist(), whole.tolist(), strict=True):
         sequence = state.by_slot[slot]
         if sequence is None:
             raise ValueError(f"slot {slot} is in a plan but empty")
-        done, now = int(columns.named_pages[slot]), int(columns.num_computed[slot]) // size
         names = sequence.names
         if len(names) <= now:
             start = (len(names) - 1) * size
             names += prefix.extend(names[-1], columns.tokens[slot, start : now * size], size)
         for group, table in enumerate(columns.page_tables):
-            for entry in range(max(done, int(columns.first_page[group][slot])), now):
-                page = int(table[slot, entry])
-                if state.prefix.insert(group, names[entry + 1], page):
+            for page, name in zip(table[slot, done:now].tolist(), names[done + 1 : now + 1], strict=True):
+                if page != DUMMY_PAGE and state.prefix.insert(group, name, page):
                     state.pages.mark_cached(page)
-        columns.named_pages[slot] = now
         if state.connector is not None:
             tables = [table[slot, :now].tolist() for table in columns.page_tables]
             offer_pages(state, sequence, tables, done, now)
@@ -231,10 +237,13 @@ def _ends(
     """Ends sequences that sampled a stop token or reached their length; a host's stop wins."""
     columns = state.columns
     known = columns.num_tokens[slots]
-    hit = (columns.stops[slots] == tokens[:, None]).any(axis=1) & (known >= columns.min_tokens[slots])
-    done = hit | (known >= columns.max_tokens[slots])
+    matches = columns.stops.take(slots, axis=0) == tokens[:, None]
+    full = known >= columns.max_tokens[slots]
+    if not np.count_nonzero(matches) and not np.count_nonzero(full):
+        return ()
+    hit = matches.any(axis=1) & (known >= columns.min_tokens[slots])
     ended = []
-    for place in np.nonzero(done)[0]:
+    for place in (hit | full).nonzero()[0]:
         sequence = state.by_slot[slots[place]]
         if sequence is None or (sequence.request.request_id, sequence.index) in stops:
             continue

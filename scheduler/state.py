@@ -1,5 +1,6 @@
 """The scheduler's state: one linear value that `step` consumes and updates in place."""
 
+import bisect
 import copy
 import enum
 import heapq
@@ -125,11 +126,12 @@ class Columns:
         first_page: per group int32 `[N]`, entries before it were left behind by the sliding window.
         page_tables: per group int32 `[N, M]`.
         epochs: int64 `[N]`, grows when the slot changes hands, so that a late outcome is recognised.
+        running: int64 `[N]`, the slots of `SchedulerState.running` in its order; the rest means nothing.
     """
 
     __slots__ = (
         "epochs", "first_page", "high_water", "max_tokens", "min_tokens", "named_pages", "num_computed",
-        "num_pages", "num_prompt", "num_tokens", "page_tables", "stops", "tokens",
+        "num_pages", "num_prompt", "num_tokens", "page_tables", "running", "stops", "tokens",
     )  # fmt: skip
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -144,6 +146,7 @@ class Columns:
         self.first_page = tuple(np.zeros(slots, np.int32) for _ in config.windows)
         self.page_tables = tuple(np.full((slots, pages), DUMMY_PAGE, np.int32) for _ in config.windows)
         self.epochs = np.zeros(slots, np.int64)
+        self.running = np.zeros(slots, np.intp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -263,6 +266,24 @@ def num_loading(state: SchedulerState) -> int:
     return len(state.loading)
 
 
+def running_slots(state: SchedulerState) -> np.ndarray:
+    """int64 `[running]`: the slots of running sequences, in their order. Of the state itself: copy it where
+    sequences may leave meanwhile."""
+    return state.columns.running[: len(state.running)]
+
+
+def occupy(state: SchedulerState, sequence: Sequence, slot: int) -> None:
+    """Gives a sequence a free slot, and its place in the running order."""
+    running, slots = state.running, state.columns.running
+    place = bisect.bisect_right(running, sequence.order, key=lambda other: other.order)
+    slots[place + 1 : len(running) + 1] = slots[place : len(running)]
+    slots[place] = slot
+    running.insert(place, sequence)
+    state.by_slot[slot] = sequence
+    state.columns.epochs[slot] += 1
+    sequence.slot, sequence.status = slot, Status.RUNNING
+
+
 def vacate(state: SchedulerState, sequence: Sequence) -> None:
     """Takes slot and pages away from a running sequence; its pages' tails go first when pages are evicted."""
     slot = sequence.slot
@@ -279,7 +300,9 @@ def vacate(state: SchedulerState, sequence: Sequence) -> None:
     columns.epochs[slot] += 1
     state.by_slot[slot] = None
     heapq.heappush(state.free_slots, slot)
-    state.running.remove(sequence)
+    place, last = state.running.index(sequence), len(state.running) - 1
+    del state.running[place]
+    columns.running[place:last] = columns.running[place + 1 : last + 1]
     sequence.slot = None
 
 
@@ -303,6 +326,8 @@ def check(state: SchedulerState) -> None:
                 raise AssertionError(f"slot {slot} holds the dummy page")
         if columns.num_computed[slot] > columns.num_pages[slot] * state.config.page_size:
             raise AssertionError(f"slot {slot} has computed more tokens than its pages hold")
+    if running_slots(state).tolist() != [sequence.slot for sequence in state.running]:
+        raise AssertionError("the column of running slots and the running sequences disagree")
     if (holders != state.pages.refs).any():
         raise AssertionError(
             f"reference counts differ from holders at {np.nonzero(holders != state.pages.refs)}"
