@@ -1,12 +1,18 @@
 """A NIXL without NIXL: agents of one process that copy real bytes by address, with faults on order.
 
-It has the part of `nixl_agent` that the driver uses, with the same signatures, answers and errors (one test
-runs the same script on both), and the semantics that were measured of NIXL 1.5 over UCX on TCP:
+It has the part of `nixl_agent` that the driver uses, with the same signatures, answers and errors, and the
+semantics that were measured of NIXL 1.5 over UCX on TCP (a test plays the same scripts on both):
 
-- a transfer is PROC until it has been polled; an error raises; a stopped peer leaves it PROC for ever;
-- DONE says nothing about the content: half of a READ is copied when it is posted, half when it completes;
+- a transfer is PROC until it has been polled; an error raises, again and again; a stopped peer leaves it PROC
+  for ever;
+- DONE says nothing about the content: half of a READ's bytes are copied when it is posted, half when it ends;
 - releasing a handle, removing a peer and deregistering memory stop nothing: the rest is written later, unless
-  the reading agent has been deleted or the peer has died.
+  the reading agent has been deleted or the peer has died;
+- nor does a post that fails: what it had asked for before may be written later;
+- a peer is one life under its name: another one is refused until the first has been removed, and what was
+  prepared for that one is of no use then.
+
+As with shared memory, and unlike TCP, a transfer does not need its source's polls.
 
 Nothing here runs by itself: no thread, no clock, no chance. Polls and explicit calls move everything.
 An agent is deleted as in Python: when nobody refers to it or to one of its handles.
@@ -31,9 +37,11 @@ class Fault:
     """What goes wrong with one transfer.
 
     Attributes:
-        post_fails: `transfer` raises; nothing is written.
+        post_fails: `transfer` raises; the first half of the descriptors is written by
+            `FakeNixlNetwork.deliver_late`.
         never_ends: PROC at every poll; the rest is written by `FakeNixlNetwork.deliver_late`.
-        errors: the poll that would say DONE raises; the first half has been written.
+        errors: the poll that would say DONE raises, and so does the next one after
+            `FakeNixlNetwork.deliver_late`; half of the bytes have been written, and no more will be.
         flips_bit: DONE, with one bit of the last descriptor's first byte flipped.
         writes_nothing: DONE, and the target is as it was.
         cycles: polls at which it is PROC; None: as many as the network says.
@@ -80,27 +88,35 @@ Descs = list[tuple[int, int, int]]
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """A copy under way. `copies`: (target, source, bytes), the first `written` of them done."""
+    """A copy under way. `copies`: (target, source, bytes), the first `written` bytes of them done."""
 
     reader: str
     source: str
     copies: Descs
     fault: Fault
     polls_left: int
-    notif: bytes
     ends_at: float
     polls: int = 0
     written: int = 0
     ended: bool = False
+    error: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(num_bytes for _, _, num_bytes in self.copies)
 
     def write(self, upto: int) -> None:
-        for target, source, num_bytes in self.copies[self.written : upto]:
-            if not self.fault.writes_nothing:
-                ctypes.memmove(target, source, num_bytes)
+        """On to so many bytes."""
+        begin = 0
+        for target, source, num_bytes in self.copies:
+            first, last = max(self.written - begin, 0), min(upto - begin, num_bytes)
+            if first < last and not self.fault.writes_nothing:
+                ctypes.memmove(target + first, source + first, last - first)
+            begin += num_bytes
         self.written = max(self.written, upto)
 
     def complete(self) -> None:
-        self.write(len(self.copies))
+        self.write(self.num_bytes)
         self.ended = True
         if self.fault.flips_bit:
             byte = ctypes.c_uint8.from_address(self.copies[-1][0])
@@ -108,25 +124,30 @@ class _Transfer:
 
 
 @dataclass(slots=True, eq=False)
+class _Met:
+    """A life that an agent has learned of, with the memory that its metadata names."""
+
+    life_id: str
+    regions: Descs
+
+
+@dataclass(slots=True, eq=False)
 class XferHandle:
-    """As `nixl_xfer_handle`: it keeps its agent alive."""
+    """As `nixl_xfer_handle`: it keeps its agent alive. `copies`: (target, source, bytes)."""
 
     agent: "FakeNixlAgent"
-    local: Descs
-    remote: Descs
-    remote_id: str
-    notif: bytes
+    copies: Descs
+    met: _Met
     transfer: _Transfer | None = None
-    released: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class DlistHandle:
-    """As `nixl_prepped_dlist_handle`. `remote_id`: the peer whose memory it names; None: the agent's own."""
+    """As `nixl_prepped_dlist_handle`. `met`: the peer whose memory it names; None: the agent's own."""
 
     agent: "FakeNixlAgent"
     descs: Descs
-    remote_id: str | None
+    met: _Met | None
     released: bool = False
 
 
@@ -136,8 +157,7 @@ class _Life:
 
     name: str
     regions: Descs = field(default_factory=list)
-    notifs: list[tuple[str, bytes]] = field(default_factory=list)
-    peers: dict[str, str] = field(default_factory=dict)
+    peers: dict[str, _Met] = field(default_factory=dict)
     state: str = "alive"  # or "paused", "dead", "deleted"
 
 
@@ -146,7 +166,6 @@ class FakeNixlNetwork:
 
     Attributes:
         faults: for the next transfers in the order of their posts; one each, none left: no fault.
-        lose_notifs, double_notifs: how many of the next notifications never arrive, or arrive twice.
     """
 
     def __init__(
@@ -162,8 +181,6 @@ class FakeNixlNetwork:
         self._clock = clock
         self._draw = draw
         self.faults: list[Fault] = []
-        self.lose_notifs = 0
-        self.double_notifs = 0
         self.cycles = 1
         self._lives: dict[str, _Life] = {}
         self._transfers: list[_Transfer] = []
@@ -193,7 +210,7 @@ class FakeNixlNetwork:
         """It runs again: what was asked of it while it stood still is written now, wanted or not."""
         self._of(name).state = "alive"
         for transfer in self._transfers:
-            if not transfer.ended and self._lives[transfer.source].name == name:
+            if self._lives[transfer.source].name == name:
                 self._late(transfer)
 
     def kill(self, name: str) -> None:
@@ -201,20 +218,13 @@ class FakeNixlNetwork:
         self._of(name).state = "dead"
 
     def deliver_late(self) -> int:
-        """Writes what is outstanding of all transfers whose two agents live. Returns how many there were."""
-        outstanding = [transfer for transfer in self._transfers if not transfer.ended]
-        return sum(self._late(transfer) for transfer in outstanding)
+        """Ends all transfers whose two agents live: writes what is outstanding, unless they are to fail.
+        Returns how many there were."""
+        return sum(self._late(transfer) for transfer in self._transfers)
 
     def targets(self) -> set[int]:
         """Addresses that transfers under way may still write to, also those that nobody waits for."""
-        lives = self._lives
-        return {
-            target
-            for transfer in self._transfers
-            if not transfer.ended
-            and all(lives[end].state in ("alive", "paused") for end in (transfer.reader, transfer.source))
-            for target, _, _ in transfer.copies
-        }
+        return {target for transfer in self._going_on() for target, _, _ in transfer.copies}
 
     def under_way(self) -> list[tuple[str, str, Fault, list[int]]]:
         """(reader, source, fault, addresses that are read) of every transfer that has not ended, where both
@@ -227,37 +237,30 @@ class FakeNixlNetwork:
                 transfer.fault,
                 [source for _, source, _ in transfer.copies],
             )
+            for transfer in self._going_on()
+        ]
+
+    def _going_on(self) -> list[_Transfer]:
+        lives = self._lives
+        return [
+            transfer
             for transfer in self._transfers
-            if not transfer.ended
+            if not (transfer.ended or transfer.error)
             and all(lives[end].state in ("alive", "paused") for end in (transfer.reader, transfer.source))
         ]
 
     def _late(self, transfer: _Transfer) -> bool:
         alive = all(self._lives[end].state == "alive" for end in (transfer.reader, transfer.source))
-        if alive:
+        if transfer.ended or transfer.error or not alive:
+            return False
+        if transfer.fault.errors:
+            transfer.error = "NIXL_ERR_REMOTE_DISCONNECT"
+        else:
             transfer.complete()
-        return alive
+        return True
 
     def _of(self, name: str) -> _Life:
         return self._lives[f"{name}#{self._made[name]}"]
-
-    def _check(self, life_id: str, descs: Descs) -> None:
-        for address, num_bytes, _ in descs:
-            if not any(
-                start <= address and address + num_bytes <= start + length
-                for start, length, _ in self._lives[life_id].regions
-            ):
-                raise FakeNixlError("NIXL_ERR_NOT_FOUND")
-
-    def _notify(self, sender: str, target: str, message: bytes) -> None:
-        copies = 1
-        if self.lose_notifs:
-            self.lose_notifs -= 1
-            copies = 0
-        elif self.double_notifs:
-            self.double_notifs -= 1
-            copies = 2
-        self._lives[target].notifs += [(self._lives[sender].name, message)] * copies
 
     def deleted(self, life_id: str) -> None:
         """An agent is gone, and with it what its transfers would still write."""
@@ -282,12 +285,6 @@ class FakeNixlAgent:
     def set_cycles_before_xfer_done(self, cycles: int) -> None:
         """See `FakeNixlNetwork.set_cycles_before_xfer_done`."""
         self._network.set_cycles_before_xfer_done(cycles)
-
-    def get_reg_descs(
-        self, descs: Sequence[tuple[int, int, int, str]] | np.ndarray, mem_type: str | None = None
-    ) -> Descs:
-        """Memory to register: (address, bytes, device, tag) tuples or an N x 3 array."""
-        return _descs(descs, mem_type)
 
     def get_xfer_descs(
         self, descs: Sequence[tuple[int, int, int]] | np.ndarray, mem_type: str | None = None
@@ -315,16 +312,21 @@ class FakeNixlAgent:
         return json.dumps([self._id, self.name, self._life.regions]).encode()
 
     def add_remote_agent(self, metadata: bytes) -> bytes:
-        """Learns of a peer; returns its name, as bytes."""
+        """Learns of a peer, or of more of its memory; returns its name, as bytes."""
         try:
-            life_id, name, _ = json.loads(metadata)
+            life_id, name, regions = json.loads(metadata)
         except ValueError:
             raise FakeNixlError("NIXL_ERR_MISMATCH") from None
-        self._life.peers[name] = life_id
+        if name == self.name:
+            raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
+        met = self._life.peers.setdefault(name, _Met(life_id, []))
+        if met.life_id != life_id:
+            raise FakeNixlError("NIXL_ERR_NOT_ALLOWED")
+        met.regions += [region for region in regions if region not in met.regions]
         return name.encode()
 
     def remove_remote_agent(self, agent: str | bytes) -> None:
-        """Forgets a peer. Transfers under way go on."""
+        """Forgets a peer, and what was prepared for it. Transfers under way go on."""
         self._life.peers.pop(_text(agent), None)
 
     def prep_xfer_dlist(
@@ -333,13 +335,13 @@ class FakeNixlAgent:
         """Checks descriptors of one side once, for many transfers. "" or NIXL_INIT_AGENT: the local side."""
         name = _text(agent_name)
         descs = xfer_list if isinstance(xfer_list, list) else _descs(xfer_list, mem_type)
-        if name in ("", "NIXL_INIT_AGENT"):
-            self._network._check(self._id, descs)
-            return DlistHandle(self, descs, None)
-        if name not in self._life.peers:
-            raise FakeNixlError("NIXL_ERR_NOT_FOUND")
-        self._network._check(self._life.peers[name], descs)
-        return DlistHandle(self, descs, self._life.peers[name])
+        met = None
+        if name not in ("", "NIXL_INIT_AGENT"):
+            met = self._life.peers.get(name)
+            if met is None:
+                raise FakeNixlError("NIXL_ERR_NOT_FOUND")
+        _check(descs, self._life.regions if met is None else met.regions)
+        return DlistHandle(self, descs, met)
 
     def release_dlist_handle(self, handle: DlistHandle) -> None:
         """The descriptors are needed no more."""
@@ -352,50 +354,56 @@ class FakeNixlAgent:
         local_indices: Sequence[int] | np.ndarray,
         remote_xfer_side: DlistHandle,
         remote_indices: Sequence[int] | np.ndarray,
-        notif_msg: bytes = b"",
     ) -> XferHandle:
         """A transfer of prepared descriptors, by index."""
+        sides = (local_xfer_side, remote_xfer_side)
         local, remote = local_xfer_side.descs, remote_xfer_side.descs
-        ok = len(local_indices) == len(remote_indices) and remote_xfer_side.remote_id is not None
+        met = remote_xfer_side.met
+        if met is None or local_xfer_side.met is not None or any(side.released for side in sides):
+            raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
+        self._know(met)
+        ok = 0 < len(local_indices) == len(remote_indices)
         ok = ok and all(0 <= index < len(local) for index in local_indices)
         if not (ok and all(0 <= index < len(remote) for index in remote_indices)):
             raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
         here, there = [local[i] for i in local_indices], [remote[i] for i in remote_indices]
-        if operation != "READ" or any(a[1] != b[1] for a, b in zip(here, there, strict=True)):
+        if any(a[1] != b[1] for a, b in zip(here, there, strict=True)):
             raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
-        return XferHandle(self, here, there, str(remote_xfer_side.remote_id), notif_msg)
+        to, of = {"READ": (here, there), "WRITE": (there, here)}[operation]
+        return XferHandle(self, [(a[0], b[0], a[1]) for a, b in zip(to, of, strict=True)], met)
 
-    def transfer(self, handle: XferHandle, notif_msg: bytes = b"") -> str:
+    def transfer(self, handle: XferHandle) -> str:
         """Posts a transfer. "PROC", or "DONE" where it takes no time."""
-        network = self._network
+        network, met, before = self._network, handle.met, handle.transfer
+        if before is not None and before.error:
+            raise FakeNixlError(before.error)
+        if before is not None and not before.ended:
+            raise FakeNixlError("NIXL_ERR_REPOST_ACTIVE")
+        self._know(met)
         posted = Posted(
             reader=self.name,
-            source=network._lives[handle.remote_id].name,
-            num_bytes=sum(num_bytes for _, num_bytes, _ in handle.local),
-            num_descriptors=len(handle.local),
+            source=network._lives[met.life_id].name,
+            num_bytes=sum(num_bytes for _, _, num_bytes in handle.copies),
+            num_descriptors=len(handle.copies),
         )
         fault = network.faults.pop(0) if network.faults else network._draw(posted)
         cycles = network.cycles if fault.cycles is None else fault.cycles
-        if fault.post_fails or network._lives[handle.remote_id].state in ("dead", "deleted"):
+        ends_at = network._clock() + fault.seconds
+        transfer = _Transfer(self._id, met.life_id, handle.copies, fault, cycles, ends_at)
+        state = network._lives[met.life_id].state
+        if state in ("dead", "deleted"):
             raise FakeNixlError("NIXL_ERR_REMOTE_DISCONNECT")
-        copies = [
-            (here[0], there[0], here[1]) for here, there in zip(handle.local, handle.remote, strict=True)
-        ]
-        transfer = _Transfer(
-            self._id,
-            handle.remote_id,
-            copies,
-            fault,
-            cycles,
-            notif_msg or handle.notif,
-            network._clock() + fault.seconds,
-        )
+        if fault.post_fails:
+            transfer.copies = handle.copies[: len(handle.copies) // 2]
+            if transfer.copies:
+                network._transfers.append(transfer)
+            raise FakeNixlError("NIXL_ERR_BACKEND")
         handle.transfer = transfer
         network._transfers.append(transfer)
         if cycles == 0:
             return self.check_xfer_state(handle)
-        if network._lives[handle.remote_id].state == "alive":
-            transfer.write(len(copies) // 2)
+        if state == "alive":
+            transfer.write(transfer.num_bytes // 2)
         return "PROC"
 
     def check_xfer_state(self, handle: XferHandle) -> str:
@@ -407,51 +415,43 @@ class FakeNixlAgent:
             return "DONE"
         transfer.polls += 1
         state = network._lives[transfer.source].state
-        if state in ("dead", "deleted"):
-            raise FakeNixlError("NIXL_ERR_REMOTE_DISCONNECT")
         waits = transfer.polls <= transfer.polls_left or network._clock() < transfer.ends_at
-        if waits or transfer.fault.never_ends or state == "paused":
+        waits = waits or transfer.fault.never_ends or state == "paused"
+        if state in ("dead", "deleted") or (transfer.fault.errors and not waits):
+            transfer.error = "NIXL_ERR_REMOTE_DISCONNECT"
+        if transfer.error:
+            if transfer in network._transfers:
+                network._transfers.remove(transfer)
+            raise FakeNixlError(transfer.error)
+        if waits:
             return "PROC"
-        if transfer.fault.errors:
-            network._transfers.remove(transfer)
-            raise FakeNixlError("NIXL_ERR_BACKEND")
         transfer.complete()
-        if transfer.notif:
-            network._notify(self._id, transfer.source, transfer.notif)
         return "DONE"
 
     def get_xfer_telemetry(self, handle: XferHandle) -> Telemetry:
         """Of a transfer that is DONE."""
         transfer = handle.transfer
         if transfer is None or not transfer.ended:
-            raise FakeNixlError("NIXL_ERR_NO_TELEMETRY")
-        total = sum(num_bytes for _, _, num_bytes in transfer.copies)
+            raise FakeNixlError((transfer and transfer.error) or "NIXL_ERR_NO_TELEMETRY")
         return Telemetry(
             startTime=0,
             postDuration=1,
             xferDuration=1 + transfer.polls,
-            totalBytes=total,
+            totalBytes=transfer.num_bytes,
             descCount=len(transfer.copies),
         )
 
     def release_xfer_handle(self, handle: XferHandle) -> None:
         """The handle is needed no more. A transfer under way goes on all the same."""
-        handle.released = True
-
-    def send_notif(self, remote_agent_name: str | bytes, notif_msg: bytes) -> None:
-        """A message to a peer."""
-        name = _text(remote_agent_name)
-        if name not in self._life.peers:
-            raise FakeNixlError("NIXL_ERR_NOT_FOUND")
-        self._network._notify(self._id, self._life.peers[name], notif_msg)
 
     def get_new_notifs(self) -> dict[str, list[bytes]]:
-        """Messages since the last call, by the name of their sender."""
-        found: dict[str, list[bytes]] = {}
-        for sender, message in self._life.notifs:
-            found.setdefault(sender, []).append(message)
-        self._life.notifs.clear()
-        return found
+        """Messages of peers: nobody sends any."""
+        return {}
+
+    def _know(self, met: _Met) -> None:
+        """Raises: FakeNixlError: the peer has been removed since."""
+        if met not in self._life.peers.values():
+            raise FakeNixlError("NIXL_ERR_NOT_FOUND")
 
 
 def _text(name: str | bytes) -> str:
@@ -462,6 +462,14 @@ def _descs(descs: Sequence[Sequence[int | str]] | np.ndarray, mem_type: str | No
     if mem_type not in ("DRAM", "VRAM"):
         raise FakeNixlError("NIXL_ERR_INVALID_PARAM")
     return [(int(row[0]), int(row[1]), int(row[2])) for row in descs]
+
+
+def _check(descs: Descs, regions: Descs) -> None:
+    for address, num_bytes, _ in descs:
+        if not any(
+            start <= address and address + num_bytes <= start + length for start, length, _ in regions
+        ):
+            raise FakeNixlError("NIXL_ERR_NOT_FOUND")
 
 
 def _deleted(network: "weakref.ref[FakeNixlNetwork]", life_id: str) -> None:

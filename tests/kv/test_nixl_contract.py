@@ -1,149 +1,205 @@
-"""The fake NIXL and the real one answer the same script alike."""
+"""The fake NIXL and the real one say the same in every case of the contract."""
 
 import importlib.util
-from collections.abc import Callable
+import json
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxserve.sim.fake_nixl import FakeNixlNetwork
-from kv.nixl import make_agent
+from jaxserve.sim.fake_nixl import FakeNixlError, FakeNixlNetwork, Fault
+from tests.kv.nixl_cases import CASES
+from tests.kv.nixl_play import NUM_PAGES, PAGE, Play, said, values
+from tests.kv.nixl_real import start
 
-PAGE, NUM_PAGES = 4096, 8
+ANSWER_S = 100.0
 MISSING = importlib.util.find_spec("nixl") is None
-
-
-def descs(buffer: np.ndarray) -> np.ndarray:
-    rows = np.zeros((NUM_PAGES, 3), np.uint64)
-    rows[:, 0] = buffer.ctypes.data + np.arange(NUM_PAGES, dtype=np.uint64) * PAGE
-    rows[:, 1] = PAGE
-    return rows
-
-
-def refused(call: Callable[[], object]) -> str:
-    """NIXL's name for why a call fails."""
-    with pytest.raises(Exception, match="NIXL_ERR") as caught:
-        call()
-    return str(caught.value).split()[0]
-
-
-def script(make: Callable[[str], Any]) -> list[object]:
-    """Everything the driver does with agents, on two of them. Returns what they said."""
-    said: list[object] = []
-    target = np.zeros(PAGE * NUM_PAGES, np.uint8)
-    source = np.random.default_rng(0).integers(0, 256, PAGE * NUM_PAGES, dtype=np.uint8)
-    reader, server = make("reader"), make("server")
-    ours = reader.register_memory(descs(target), "DRAM")
-    theirs = server.register_memory([(source.ctypes.data, len(source), 0, "")], "DRAM")
-    said.append(reader.get_reg_descs(descs(target), "DRAM") is not None)
-    metadata = server.get_agent_metadata()
-    said += [type(metadata), reader.add_remote_agent(metadata), reader.add_remote_agent(metadata)]
-    here = reader.prep_xfer_dlist("NIXL_INIT_AGENT", reader.get_xfer_descs(descs(target), "DRAM"))
-    there = reader.prep_xfer_dlist("server", reader.get_xfer_descs(descs(source), "DRAM"))
-    said.append(refused(lambda: reader.prep_xfer_dlist("server", descs(target), "DRAM")))
-    said.append(refused(lambda: reader.prep_xfer_dlist("nobody", descs(source), "DRAM")))
-    two, far = np.array([0, 2], np.int32), np.array([0, NUM_PAGES], np.int32)
-    said.append(refused(lambda: reader.make_prepped_xfer("READ", here, two[:1], there, two)))
-    said.append(refused(lambda: reader.make_prepped_xfer("READ", here, far, there, two)))
-    handle = reader.make_prepped_xfer("READ", here, two, there, np.array([5, 3], np.int32), b"read")
-    said.append(refused(lambda: reader.check_xfer_state(handle)))
-    state = reader.transfer(handle)
-    polls = 0
-    while state == "PROC" and polls < 1_000_000:
-        server.get_new_notifs()
-        state, polls = reader.check_xfer_state(handle), polls + 1
-    pages, expected = target.reshape(NUM_PAGES, PAGE), source.reshape(NUM_PAGES, PAGE)
-    said += [state, reader.check_xfer_state(handle)]
-    said += [np.array_equal(pages[[0, 2]], expected[[5, 3]]), pages[[1, 3, 4, 5, 6, 7]].any()]
-    told = reader.get_xfer_telemetry(handle)
-    said += [told.totalBytes, told.descCount, told.postDuration >= 0, told.xferDuration > 0]
-    said.append(notifs(reader, server))
-    said.append(reader.send_notif("server", b"hello"))
-    said.append(notifs(reader, server))
-    said.append(refused(lambda: reader.send_notif("nobody", b"hello")))
-    said.append(reader.release_xfer_handle(handle))
-    said += [reader.release_dlist_handle(here), reader.release_dlist_handle(there)]
-    said += [reader.remove_remote_agent("server"), refused(lambda: reader.add_remote_agent(b"junk"))]
-    said += [reader.deregister_memory(ours), server.deregister_memory(theirs)]
-    said.append(refused(lambda: reader.deregister_memory(ours)))
-    return said
-
-
-def notifs(reader: Any, server: Any) -> dict[str, list[bytes]]:
-    for _ in range(1_000_000):
-        if found := server.get_new_notifs():
-            return found
-        reader.get_new_notifs()
-    raise AssertionError("no notification came")
-
-
-EXPECTED = [
-    True,
-    bytes,
-    b"server",
-    b"server",
-    "NIXL_ERR_NOT_FOUND",
-    "NIXL_ERR_NOT_FOUND",
-    "NIXL_ERR_INVALID_PARAM",
-    "NIXL_ERR_INVALID_PARAM",
-    "NIXL_ERR_NOT_POSTED",
-    "DONE",
-    "DONE",
-    True,
-    False,
-    2 * PAGE,
-    2,
-    True,
-    True,
-    {"reader": [b"read"]},
-    None,
-    {"reader": [b"hello"]},
-    "NIXL_ERR_NOT_FOUND",
-    None,
-    None,
-    None,
-    None,
-    "NIXL_ERR_MISMATCH",
-    None,
-    None,
-    "NIXL_ERR_NOT_FOUND",
+REAL = [
+    (name, transport) for transport in ("tcp", "all") for name in CASES if transport in CASES[name].transports
 ]
 
 
-def test_the_fake_follows_the_script() -> None:
-    assert script(FakeNixlNetwork().agent) == EXPECTED
+class FakeSource:
+    """See `tests.kv.nixl_play.Source`."""
+
+    def __init__(self, network: FakeNixlNetwork, value: int) -> None:
+        self._network = network
+        self._continued = False
+        self._pages = np.full((NUM_PAGES, PAGE), value, np.uint8)
+        self._agent: Any = network.agent("source")
+        self.address = self._pages.ctypes.data
+        self._registered = self._agent.register_memory([(self.address, self._pages.size, 0, "")], "DRAM")
+        self.metadata = self._agent.get_agent_metadata()
+
+    def fill(self, value: int) -> None:
+        self._pages[:] = value
+
+    def values(self) -> list[int]:
+        return values(self._pages)
+
+    def serve(self) -> None:
+        if self._continued:
+            self._continued = False
+            self._network.resume("source")
+
+    def stop(self) -> None:
+        self._network.pause("source")
+
+    def go_on(self) -> None:
+        self._continued = True  # it answers when it next serves
+
+    def kill(self) -> None:
+        self._network.kill("source")
+
+    def deregister(self) -> None:
+        self._agent.deregister_memory(self._registered)
+
+    def delete(self) -> None:
+        self._agent = None
+
+    def ports(self) -> list[int]:
+        return []
+
+    def lose(self, page: int) -> None:
+        self._network.faults = [Fault(writes_nothing=True)]
+
+
+class FakeStage:
+    """See `tests.kv.nixl_play.Stage`."""
+
+    def __init__(self) -> None:
+        self.network = FakeNixlNetwork()
+
+    def agent(self, name: str) -> Any:
+        return self.network.agent(name)
+
+    def source(self, *, value: int = 1) -> FakeSource:
+        return FakeSource(self.network, value)
+
+    def starve(self, post: Callable[[], object]) -> None:
+        self.network.faults = [Fault(post_fails=True)]
+        with pytest.raises(FakeNixlError, match="NIXL_ERR_BACKEND"):
+            post()
+
+
+class Reader:
+    """The process with the real reader, for one transport: cases go in, what they said comes out."""
+
+    def __init__(self, transport: str) -> None:
+        self._environ = {"UCX_TLS": transport}
+        self._process: subprocess.Popen[str] | None = None
+
+    def play(self, name: str) -> list[object]:
+        """What a case says. A process that dies of it fails this case only."""
+        process = self._process = self._process or start("reader", self._environ)
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(name + "\n")
+        process.stdin.flush()
+        ready, _, _ = select.select([process.stdout], [], [], ANSWER_S)
+        line = process.stdout.readline() if ready else ""
+        if not line:
+            self.end()
+            pytest.fail(f"the reader {'died' if ready else 'did not answer'}")
+        answer = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        return answer["said"]
+
+    def end(self) -> None:
+        """Kills it and its sources, also those that are stopped."""
+        if self._process is not None:
+            with self._process as process:
+                os.killpg(process.pid, signal.SIGKILL)
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def readers() -> Iterator[dict[str, Reader]]:
+    """A reader for each transport."""
+    made = {transport: Reader(transport) for transport in ("tcp", "all")}
+    yield made
+    for reader in made.values():
+        reader.end()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fake_keeps_the_contract(name: str) -> None:
+    assert CASES[name].script(FakeStage()) == CASES[name].says
 
 
 @pytest.mark.skipif(MISSING, reason="NIXL is not installed")
-def test_the_real_agents_follow_the_script() -> None:
-    assert script(make_agent) == EXPECTED
+@pytest.mark.parametrize(("name", "transport"), REAL)
+def test_the_real_agents_keep_the_contract(name: str, transport: str, readers: dict[str, Reader]) -> None:
+    assert readers[transport].play(name) == CASES[name].says
 
 
-def test_the_fake_delays_done_for_exactly_so_many_polls() -> None:
-    for cycles in (0, 1, 5):
-        network = FakeNixlNetwork()
-        reader, server = network.agent("reader"), network.agent("server")
-        reader.set_cycles_before_xfer_done(cycles)
-        target, source = np.zeros(PAGE * NUM_PAGES, np.uint8), np.ones(PAGE * NUM_PAGES, np.uint8)
-        reader.register_memory(descs(target), "DRAM")
-        server.register_memory(descs(source), "DRAM")
-        reader.add_remote_agent(server.get_agent_metadata())
-        here = reader.prep_xfer_dlist("", descs(target), "DRAM")
-        there = reader.prep_xfer_dlist("server", descs(source), "DRAM")
-        all_pages = np.arange(NUM_PAGES, dtype=np.int32)
-        handle = reader.make_prepped_xfer("READ", here, all_pages, there, all_pages)
-        states = [reader.transfer(handle)] + [reader.check_xfer_state(handle) for _ in range(cycles + 1)]
-        assert states == ["PROC"] * (cycles + (cycles > 0)) + ["DONE"] * (1 if cycles else 2)
-        assert target.all()
+# What cannot be had of the real agents when it is wanted.
 
 
-def test_the_fake_loses_and_doubles_notifications_on_order() -> None:
-    network = FakeNixlNetwork()
-    reader, server = network.agent("reader"), network.agent("server")
-    reader.add_remote_agent(server.get_agent_metadata())
-    network.lose_notifs, network.double_notifs = 1, 1
-    for message in (b"a", b"b", b"c"):
-        reader.send_notif("server", message)
-    assert server.get_new_notifs() == {"reader": [b"b", b"b", b"c"]}
-    assert server.get_new_notifs() == {}
+def play(fault: Fault | None = None) -> tuple[FakeNixlNetwork, Play]:
+    """A reader and a source of the fake."""
+    stage = FakeStage()
+    played = Play(stage, stage.source())
+    stage.network.faults = [] if fault is None else [fault]
+    return stage.network, played
+
+
+@pytest.mark.parametrize("cycles", [0, 1, 5])
+def test_done_comes_after_exactly_so_many_polls(cycles: int) -> None:
+    network, played = play()
+    network.set_cycles_before_xfer_done(cycles)
+    handle = played.make()
+    states = [said(played.agent.transfer, handle)] + [played.state(handle) for _ in range(cycles + 1)]
+    assert states == ["PROC"] * (cycles + (cycles > 0)) + ["DONE"] * (1 if cycles else 2)
+    assert played.target.all()
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3])
+@pytest.mark.parametrize("cut_late", [False, True])
+def test_a_transfer_that_fails_half_way_has_written_half_and_never_writes_more(
+    pages: int, cut_late: bool
+) -> None:
+    """A connection that is cut while its peer lives on (tests/e2e cuts one), at one moment of many."""
+    network, played = play(Fault(errors=True))
+    handle = played.make(range(pages), range(pages))
+    played.agent.transfer(handle)
+    written = int(played.target.sum())
+    assert written == pages * PAGE // 2
+    if cut_late:
+        assert network.deliver_late() == 1
+    lost = "NIXL_ERR_REMOTE_DISCONNECT"
+    assert [played.end(handle), played.state(handle), said(played.agent.transfer, handle)] == [lost] * 3
+    assert network.deliver_late() == 0 and not network.targets() and int(played.target.sum()) == written
+
+
+def test_a_transfer_that_never_ends_writes_when_it_is_told_to() -> None:
+    """A stopped source without a process to stop."""
+    network, played = play(Fault(never_ends=True))
+    handle = played.make()
+    played.agent.transfer(handle)
+    assert played.states(handle) == ["PROC"] and not played.target.all()
+    assert network.deliver_late() == 1 and played.target.all()
+    assert played.state(handle) == "DONE"
+
+
+def test_a_flipped_bit_and_bytes_that_never_came_are_done() -> None:
+    """Nothing between two real processes on one machine flips bits."""
+    for fault, differ in ((Fault(flips_bit=True), 1), (Fault(writes_nothing=True), NUM_PAGES * PAGE)):
+        _, played = play(fault)
+        assert played.run() == "DONE"
+        assert int((played.target != 1).sum()) == differ
+
+
+@pytest.mark.parametrize("pages", [1, 2, 5])
+def test_a_post_that_fails_may_write_the_pages_before_the_one_that_was_refused(pages: int) -> None:
+    """The real one fails so where memory runs out; how far it has come by then differs."""
+    network, played = play(Fault(post_fails=True))
+    handle = played.make(range(pages), range(pages))
+    assert said(played.agent.transfer, handle) == "NIXL_ERR_BACKEND"
+    assert not played.target.any() and len(network.targets()) == pages // 2
+    network.deliver_late()
+    assert played.target.all(axis=1).sum() == pages // 2
