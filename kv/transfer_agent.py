@@ -123,7 +123,7 @@ class PoolAgent:
         """Begins to read the peer's pages into targets, by index; returns a number for the transfer.
 
         Raises:
-            AgentError: nothing has begun.
+            AgentError: NIXL has refused it, perhaps after a part was asked for: that may still be written.
         """
         agent = self._alive
         local, remote = self._lists
@@ -146,7 +146,8 @@ class PoolAgent:
         """Whether a transfer is done; None: not yet. A transfer that ended, well or not, is forgotten.
 
         Raises:
-            AgentError: it ended without success; nothing more of it will be written.
+            AgentError: it ended without success. After a broken connection no more of it is written; after
+                another error of NIXL's that is not known.
         """
         agent = self._alive
         handle = self._transfers[number]

@@ -30,10 +30,13 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A transfer given up that may still write `num_pages` pages of the pool (or only staging `rows`)."""
+    """A transfer given up that may still write `num_pages` pages of the pool (or only staging `rows`).
+
+    Attributes: transfer: None: it has failed, and only the deletion of its agent ends it for certain.
+    """
 
     move_id: int
-    transfer: int
+    transfer: int | None
     num_pages: int
     rows: list[int]
     since_s: float
@@ -46,6 +49,7 @@ class Fetch:
         batch: pieces being moved. rows: their staging rows, one per page of the peer.
         greeted: a handshake has been asked for on its account.
         turn: grows with every batch, so that an answer to an earlier one is known as such.
+        failed: its transfer that failed and may still write, until the agent is deleted.
     """
 
     def __init__(self, load: Load, source: RemoteSource, page_size: int, deadline: float) -> None:
@@ -59,6 +63,7 @@ class Fetch:
         self.rows: list[int] = []
         self.staged = source.page_size != page_size
         self.transfer = 0
+        self.failed: Stuck | None = None
         self.turn = 0
         self._ratio = page_size // source.page_size
         self._pieces, self._covered = pieces(load, source, page_size) if self._ratio else ((), 0)

@@ -1,7 +1,7 @@
 """The side that reads: one peer, the loads from it, and the agent that only they use. Single-threaded."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class Peer:
 
     Attributes:
         tracked: leases to keep alive: request -> source.
-        stuck: transfers given up that may still write.
+        stuck: transfers given up, or failed, that may still write.
         late: answers that nobody waits for any more.
     """
 
@@ -116,6 +116,7 @@ class Peer:
         """Moves everything on as far as it goes."""
         for stuck in list(self.stuck):
             self._look_at(stuck)
+        self._drop_suspect()
         for fetch in list(self._fetches):
             if fetch not in self._fetches:  # ended with another
                 continue
@@ -166,7 +167,7 @@ class Peer:
                 self._parts.emit(Safe(move_id=stuck.move_id))
         self.stuck.clear()
         for fetch in list(self._fetches):
-            fetch.rows = []
+            fetch.rows, fetch.failed = [], None
             if fetch.stage is Stage.TRANSFER:
                 self._end(fetch, error, "transfer")
             elif fetch.stage is Stage.POST or (fetch.stage is Stage.VERIFY and fetch.staged):
@@ -187,8 +188,6 @@ class Peer:
         self._parts.ask(self.host, self.port, hello, min(timeout_s, CALL_S), self._greeted)
 
     def _shake_hands(self, fetch: Fetch, now: float) -> None:
-        if self._suspect and not self._reading:
-            self.destroy("the peer's connection has failed")
         if self._greeting or self._suspect:
             fetch.greeted = fetch.greeted or self._greeting
         elif self._welcome is not None and self._welcome.epoch == fetch.source.epoch:
@@ -331,9 +330,22 @@ class Peer:
             fetch.digest(self._parts.copies, self._parts.facts, self._staging)
 
     def _lost(self, fetch: Fetch, now: float, error: str) -> None:
-        """A transfer failed. UCX does not mend a broken connection: the agent goes when nobody uses it."""
+        """A transfer failed. UCX does not mend a broken connection, and what a post had asked for before it
+        failed for another reason may still be written (measured, where memory ran out): the agent goes when
+        nobody else uses it, and until then nobody gets the targets."""
         self._suspect = True
+        fetch.failed = Stuck(fetch.load.move_id, None, self._pool_pages(fetch), [], now)
+        fetch.stage, fetch.rows = Stage.POST, []
+        self._drop_suspect()
         self._fail(fetch, now, error, "transfer", final=False)
+
+    def _drop_suspect(self) -> None:
+        if self._suspect and not self._reading:
+            self.destroy("the peer's connection has failed")
+
+    def _pool_pages(self, fetch: Fetch) -> int:
+        """Pages of the pool that its transfer writes."""
+        return 0 if self._staging is not None else len(fetch.batch)
 
     # Verification.
 
@@ -388,11 +400,15 @@ class Peer:
 
     def _look_at(self, stuck: Stuck) -> None:
         assert self._agent is not None
+        if stuck.transfer is None:
+            return
         try:
             if self._agent.ended(stuck.transfer) is None:
                 return
         except AgentError:
             self._suspect = True
+            self.stuck[self.stuck.index(stuck)] = replace(stuck, transfer=None)
+            return
         self.stuck.remove(stuck)
         self._free_rows += stuck.rows
         if stuck.num_pages:
@@ -403,13 +419,13 @@ class Peer:
         if fetch.stage is not Stage.TRANSFER:
             self._end(fetch, error, fetch.stage.broken)
             return
-        targets = 0 if self._staging is not None else len(fetch.batch)
+        targets = self._pool_pages(fetch)
         self.stuck.append(Stuck(fetch.load.move_id, fetch.transfer, targets, fetch.rows, now))
         fetch.rows = []
         self._end(fetch, error, "transfer", safe=not targets)
 
     def _fail(self, fetch: Fetch, now: float, error: str, stage: str, *, final: bool) -> None:
-        """Nothing of it is under way. Tries once more, unless that cannot help."""
+        """Nobody waits for a transfer of it. Tries once more, unless that cannot help."""
         self._free(fetch)
         if final or fetch.retries or now >= fetch.deadline:
             self._end(fetch, error, stage)
@@ -424,4 +440,7 @@ class Peer:
     def _end(self, fetch: Fetch, error: str | None, stage: str, *, safe: bool = True) -> None:
         self._free(fetch)
         self._fetches.remove(fetch)
+        if fetch.failed is not None and fetch.failed.num_pages:
+            self.stuck.append(fetch.failed)
+            safe = False
         self._parts.emit(fetch.loaded(error, stage, safe=safe))
