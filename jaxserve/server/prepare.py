@@ -17,7 +17,7 @@ from jaxserve.api.refusals import refused
 from jaxserve.api.tokens import read_detokenize, read_tokenize
 from jaxserve.outputs import RequestRefused, Transfer
 from jaxserve.server.options import body_limit
-from jaxserve.server.surface import EngineSurface
+from jaxserve.server.surface import EngineSurface, PrepareSurface
 from jaxserve.text import TemplateBusyError, TemplateError
 from scheduler.types import Request, SamplingParams
 
@@ -42,7 +42,7 @@ class Prepared:
 class Preparer:
     """Turns bodies into values. Stateless but for the rate of one log line; callable from any thread."""
 
-    def __init__(self, engine: EngineSurface, facts: ModelFacts) -> None:
+    def __init__(self, engine: PrepareSurface, facts: ModelFacts) -> None:
         self._engine = engine
         self._facts = facts
         self._max_chars = body_limit(facts.max_model_len)

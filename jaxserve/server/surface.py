@@ -58,17 +58,8 @@ class ChatSurface(Protocol):
         ...
 
 
-class EngineSurface(Protocol):
-    """The engine as the server sees it.
-
-    `chat.render`, the tokenizer, `new_request_id` and `open_transfer` are called from any thread, everything
-    else on the event loop.
-    """
-
-    @property
-    def served_model_names(self) -> tuple[str, ...]:
-        """At least one; the first is the main one."""
-        ...
+class PrepareSurface(Protocol):
+    """What a request is made with before the engine takes it in; usable from any thread."""
 
     @property
     def tokenizer(self) -> TokenizerSurface:
@@ -78,26 +69,6 @@ class EngineSurface(Protocol):
     @property
     def chat(self) -> ChatSurface | None:
         """The model's chat template; None: it has none."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-        ...
-
-    @property
-    def max_model_len(self) -> int:
-        """Bound on prompt + output tokens."""
-        ...
-
-    @property
-    def default_sampling(self) -> Mapping[str, float | int]:
-        """Sampling values of generation_config.json, by vLLM's names."""
-        ...
-
-    @property
-    def alive(self) -> bool:
-        """Whether the engine's loop runs."""
         ...
 
     def new_request_id(self, prefix: str) -> str:
@@ -118,6 +89,39 @@ class EngineSurface(Protocol):
             RequestRefused: with `param` "kv_transfer_params" and a reason for the client: this engine has no
                 connector, or another role; the parameters are no peer's, or of another prompt.
         """
+        ...
+
+
+class EngineSurface(PrepareSurface, Protocol):
+    """The engine as the server sees it.
+
+    `chat.render`, the tokenizer, `new_request_id` and `open_transfer` are called from any thread, everything
+    else on the event loop.
+    """
+
+    @property
+    def served_model_names(self) -> tuple[str, ...]:
+        """At least one; the first is the main one."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Bound on prompt + output tokens."""
+        ...
+
+    @property
+    def default_sampling(self) -> Mapping[str, float | int]:
+        """Sampling values of generation_config.json, by vLLM's names."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's loop runs."""
         ...
 
     def check_room(self) -> None:

@@ -1,74 +1,39 @@
 """Clients of a simulated cluster: what they ask, and whether what they get is right.
 
-A client either asks one engine, or goes through the two-step flow of a router: a prefill engine computes the
-prompt and leases its pages, then a decode engine reads them. Every answer is compared with the one that was
-worked out without an engine.
+A client either asks one engine, or goes through a router: a prefill engine computes the prompt and leases its
+pages, then a decode engine reads them, and other engines are asked where these fail. Every answer of every
+engine is compared with the one that was worked out without an engine.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from jaxserve.outputs import Delta, EngineError, QueueFull, RequestRefused, Transfer
+from jaxserve.api.choices import Envelope
+from jaxserve.api.errors import ApiError
+from jaxserve.outputs import Delta, EngineError, RequestRefused
+from jaxserve.router.calls import read_call
+from jaxserve.sim.asks import Ask, Hear
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.expect import Expected, SimTokenizer, expected
-from jaxserve.sim.hash_model import END, VOCAB, HashModel
+from jaxserve.sim.habits import Habits, draw_router
+from jaxserve.sim.hash_model import END, HashModel
 from jaxserve.sim.laws import Broken, Names
+from jaxserve.sim.router import SimRouter
+from jaxserve.sim.server import Reply, SimServer, body_of, refusal
 from kv.moves import LOAD_FAILED
 from scheduler.types import FinishReason, Inputs, Plan, Request, SamplingParams
 
-NAMES_OF_STOPS = ("ab", "Z", "€", "0a")
 NOT_NUMBERS = "the model gave logits that are not numbers"
 REFUSALS_S = 0.5
 """After a refusal a client waits about so long."""
+TRAVEL_S = 0.001
+"""Of an answer."""
+BEGUN = Reply(status=200, over=False)
 
-
-@dataclass(slots=True, eq=False)
-class Ask:
-    """One request to one engine.
-
-    Attributes:
-        tokens, text: per sequence, what has come.
-        ended: sequences that have ended, with their reasons.
-        aborted: the client wants it no more.
-        then: called once it is over, with the `kv_transfer_params` where there are any; None: it failed.
-    """
-
-    engine: SimEngine
-    request: Request
-    right: list[Expected]
-    then: Callable[[Mapping[str, Any] | None, bool], None]
-    tokens: dict[int, list[int]] = field(default_factory=dict)
-    text: dict[int, str] = field(default_factory=dict)
-    ended: dict[int, FinishReason] = field(default_factory=dict)
-    params: Mapping[str, Any] | None = None
-    told_prefill: bool = False
-    aborted: bool = False
-    lost: bool = False
-
-    @property
-    def over(self) -> bool:
-        """Nobody waits for it any more."""
-        return self.lost or len(self.ended) == self.request.sampling.n
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Habits:
-    """What clients of a world are like.
-
-    Attributes:
-        documents: what prompts begin with.
-        split: share of requests that go through prefill and decode engines.
-        think_s: mean pause between a client's requests.
-    """
-
-    documents: tuple[tuple[int, ...], ...]
-    split: float
-    think_s: float
-    max_prompt: int
-    max_tokens: int
+Then = Callable[[Mapping[str, Any] | None, bool], None]
+"""Called once a request is over; true: it was answered."""
 
 
 class Clients:
@@ -77,6 +42,7 @@ class Clients:
     counts: what became of requests.
     excuses: (epoch, why) of faults after which an engine may fail a request.
     struck: (request, message) of requests that a failed step, or a row without numbers, has ended.
+    router: that some of the requests go through; None: none does.
     broken: the first law that an answer has broken; the engine would swallow it.
     """
 
@@ -100,10 +66,23 @@ class Clients:
         self.struck: set[tuple[str, str]] = set()
         self.broken: Broken | None = None
         self.asking = True
+        self.router: SimRouter | None = None
+        self._servers: dict[str, SimServer] = {}
+        self._lives: dict[str, SimEngine] = {}
         self._number = 0
 
     def begin(self, many: int) -> None:
-        """So many clients begin to ask."""
+        """So many clients begin to ask. All engines live."""
+        prefill, decode = self._engines("prefill"), self._engines("decode")
+        if prefill and decode:
+            hosts = [engine.host for engine in prefill], [engine.host for engine in decode]
+            self.router = SimRouter(
+                self._clockwork,
+                self,
+                prefill=hosts[0],
+                decode=hosts[1],
+                options=draw_router(self._clockwork, *hosts),
+            )
         for client in range(many):
             self._later(client)
 
@@ -113,8 +92,9 @@ class Clients:
             ask.lost = True
             self.counts["lost"] += 1
             del self.asks[ask.request.request_id]
-            then = ask.then
-            self._clockwork.after(0.001, "connection lost", lambda then=then: then(None, False))
+            if not ask.deaf:
+                label = f"{engine.host} connection lost"
+                self._clockwork.after(TRAVEL_S, label, lambda ask=ask: ask.hear(None))
 
     def _later(self, client: int) -> None:
         if self.asking:
@@ -124,17 +104,21 @@ class Clients:
     def _ask(self, client: int) -> None:
         if not self.asking:
             return
-        prompt, sampling, salt, priority = self._draw()
+        prompt, sampling, salt, priority = self._habits.draw(self._clockwork)
 
         def again(params: Mapping[str, Any] | None, ok: bool) -> None:
             self._later(client)
 
-        prefill, decode = self._engines("prefill"), self._engines("decode")
+        def answered(ok: bool) -> None:
+            pause = 0.0 if ok else chance.expovariate(1.0 / REFUSALS_S)
+            self._clockwork.after(pause, f"client {client} is told", lambda: self._later(client))
+
         chance = self._clockwork.chance
-        if prefill and decode and chance.random() < self._habits.split:
+        if self.router is not None and chance.random() < self._habits.split:
             self.counts["split"] += 1
-            first, second = chance.choice(prefill), chance.choice(decode)
-            self.split(first, second, prompt, sampling, salt, priority, again)
+            stream = chance.random() < 0.5
+            call = read_call(body_of(prompt, sampling, salt, priority, stream=stream))
+            self.router.send(call, answered, stream=stream)
         else:
             engines = self._engines("any")
             if not engines:
@@ -150,24 +134,16 @@ class Clients:
         sampling: SamplingParams,
         salt: str,
         priority: int,
-        then: Callable[[Mapping[str, Any] | None, bool], None],
+        then: Then,
         *,
         request_id: str | None = None,
     ) -> None:
-        """A router's two steps. `request_id`: of both; None: they are numbered."""
-
-        def leased(params: Mapping[str, Any] | None, ok: bool) -> None:
-            if ok and params is None:
-                raise Broken("I13", f"{first.host}: a prompt was computed for a peer, and nothing is leased")
-            if not second.alive:
-                then(None, False)
-                return
-            passed = None if params is None else json.loads(json.dumps(dict(params)))
-            self.ask(second, prompt, sampling, salt, priority, then, params=passed, request_id=request_id)
-
-        lone = replace(sampling, n=1, max_tokens=1, min_tokens=0, stop=())
-        wants = {"do_remote_decode": True, "do_remote_prefill": False}
-        self.ask(first, prompt, lone, salt, priority, leased, params=wants, request_id=request_id)
+        """Through a router that has these two lives behind it, waits as long as they take and checks nobody's
+        health, so that nobody is asked twice. `request_id`: at both; None: they are numbered."""
+        here = _Pair(self, {engine.host: engine for engine in (first, second)})
+        router = SimRouter(self._clockwork, here, prefill=(first.host,), decode=(second.host,), options=None)
+        call = read_call(body_of(prompt, sampling, salt, priority))
+        router.send(call, lambda ok: then(None, ok), request_id=request_id)
 
     def ask(
         self,
@@ -176,38 +152,95 @@ class Clients:
         sampling: SamplingParams,
         salt: str,
         priority: int,
-        then: Callable[[Mapping[str, Any] | None, bool], None],
+        then: Then,
         *,
-        params: Mapping[str, Any] | None = None,
         request_id: str | None = None,
     ) -> None:
-        """One request. `then` is called once, with what an answer carries, and whether it is whole."""
+        """One request to one engine, without a server before it. `then` is called once."""
         self._number += 1
         clockwork = self._clockwork
+        request = Request(
+            request_id=request_id or f"{engine.host}-{engine.epoch[:4]}-{self._number}",
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            eos_token_ids=(END,),
+            cache_salt=salt,
+            priority=priority,
+        )
         try:
-            if not engine.alive:
-                raise EngineError("nobody listens")
-            transfer = Transfer() if params is None else engine.door.open(params, prompt, salt)
-            request = Request(
-                request_id=request_id or f"{engine.host}-{engine.epoch[:4]}-{self._number}",
-                prompt_token_ids=prompt,
-                sampling=sampling,
-                eos_token_ids=(END,),
-                cache_salt=salt,
-                priority=priority,
-                lease=transfer.lease,
-                remote=transfer.remote,
-            )
-            ask = Ask(engine=engine, request=request, right=self._right(engine, request), then=then)
-            if request.request_id not in self.asks:
-                self._learn(engine, ask)
-            engine.submit(request, lambda delta: self._sink(ask, delta))
-            self.asks[request.request_id] = ask
-            self.counts["asked"] += 1
-        except (QueueFull, EngineError, RequestRefused):
+            self._submit(engine, request, lambda reply: then(None, reply is not None and reply.right))
+        except (EngineError, RequestRefused):
             self.counts["refused"] += 1
             delay = clockwork.chance.expovariate(1.0 / REFUSALS_S)
-            clockwork.after(delay, "refused", lambda: then(None, False))
+            clockwork.after(delay, f"{engine.host} has refused", lambda: then(None, False))
+
+    def _submit(
+        self,
+        engine: SimEngine,
+        request: Request,
+        hear: Hear,
+        *,
+        stream: bool = False,
+        envelope: Envelope | None = None,
+    ) -> Ask:
+        """Raises: EngineError, RequestRefused: the engine does not take it."""
+        if not engine.alive:
+            raise EngineError("nobody listens")
+        right = self._right(engine, request)
+        ask = Ask(engine, request, right, hear, self._clockwork.now, stream, envelope)
+        engine.submit(request, lambda delta: self._sink(ask, delta))
+        if request.request_id not in self.asks:
+            self._learn(engine, ask)
+        self.asks[request.request_id] = ask
+        self.counts["asked"] += 1
+        return ask
+
+    # What the router needs: see `Network`.
+
+    def post(self, host: str, body: bytes, hear: Hear, *, stream: bool, request_id: str | None) -> Ask | None:
+        """See `Network`."""
+        return self.post_to(self._life(host), body, hear, stream=stream, request_id=request_id)
+
+    def leave(self, ask: Ask) -> None:
+        """See `Network`."""
+        ask.deaf = True
+        if ask.engine.alive and not ask.over:
+            self.abort(ask)
+
+    def health(self, host: str) -> str:
+        """See `Network`."""
+        engine = self._life(host)
+        return "gone" if not engine.alive else "stopped" if engine.paused else "well"
+
+    def post_to(
+        self, engine: SimEngine, body: bytes, hear: Hear, *, stream: bool, request_id: str | None
+    ) -> Ask | None:
+        """A request to the server before an engine; None: it was not taken, and `hear` is told so."""
+        host, clockwork = engine.host, self._clockwork
+        if not engine.alive:
+            clockwork.after(TRAVEL_S, f"{host} does not listen", lambda: hear(None))
+            return None
+        server = self._servers.get(engine.epoch)
+        if server is None:
+            server = self._servers[engine.epoch] = SimServer(engine, self._tokenizer)
+        try:
+            prepared = server.read(body)
+            (request,) = prepared.requests
+            if request_id is not None:
+                request = replace(request, request_id=request_id)
+            envelope = prepared.envelope if request.lease else None
+            return self._submit(engine, request, hear, stream=stream, envelope=envelope)
+        except (ApiError, EngineError, RequestRefused) as failure:
+            self.counts["refused"] += 1
+            reply = refusal(failure)
+            clockwork.after(TRAVEL_S, f"{host} refuses with {reply.status}", lambda: hear(reply))
+            return None
+
+    def _life(self, host: str) -> SimEngine:
+        """The last life of an engine that was seen."""
+        for engine in self._engines("any"):
+            self._lives[engine.host] = engine
+        return self._lives[host]
 
     def probe(self, first: SimEngine, second: SimEngine, length: int, over: list[bool]) -> None:
         """A prompt that nobody has seen goes through two engines; `over` gets whether it was answered."""
@@ -217,7 +250,7 @@ class Clients:
 
     def repeat(self, engine: SimEngine, times: int) -> None:
         """One client asks the same again and again, without waiting."""
-        prompt, sampling, salt, priority = self._draw()
+        prompt, sampling, salt, priority = self._habits.draw(self._clockwork)
         for _ in range(times):
             self.ask(engine, prompt, sampling, salt, priority, lambda params, ok: None)
 
@@ -252,31 +285,6 @@ class Clients:
             return
         self.struck |= {(entry.request_id, entry.message or "") for entry in errors}
 
-    def _draw(self) -> tuple[tuple[int, ...], SamplingParams, str, int]:
-        chance, habits = self._clockwork.chance, self._habits
-        document = chance.choice(habits.documents)
-        kept = document[: chance.randint(0, min(len(document), habits.max_prompt - 1))]
-        tail = chance.randint(1, max(1, min(12, habits.max_prompt - len(kept))))
-        if chance.random() < 0.3:  # the same question again
-            prompt = document[: max(1, min(len(document), habits.max_prompt))]
-        else:
-            prompt = (*kept, *(chance.randrange(END - 3) for _ in range(tail)))  # whole characters
-        most = chance.randint(1, habits.max_tokens)
-        fancy = chance.random() < 0.3
-        sampling = SamplingParams(
-            n=chance.choice((1, 1, 2, 3)) if fancy else 1,
-            max_tokens=most,
-            min_tokens=chance.randint(0, most) if fancy and chance.random() < 0.5 else 0,
-            temperature=0.0,
-            seed=chance.getrandbits(31),
-            ignore_eos=chance.random() < 0.5,
-            stop_token_ids=(chance.randrange(VOCAB),) if fancy else (),
-        )
-        if fancy and sampling.min_tokens == 0:
-            stops = tuple(stop for stop in NAMES_OF_STOPS if chance.random() < 0.3)
-            sampling = replace(sampling, stop=stops)
-        return prompt, sampling, chance.choice(("", "", "tenant")), chance.randrange(3)
-
     def _right(self, engine: SimEngine, request: Request) -> list[Expected]:
         return [
             expected(
@@ -305,63 +313,27 @@ class Clients:
     def _sink(self, ask: Ask, delta: Delta) -> None:
         if ask.lost:
             return
+        ask.heard_at = self._clockwork.now
         try:
-            self._take(ask, delta)
+            ask.take(delta, self._excused)
+            self._tell(ask)
         except Broken as broken:
             self.broken = self.broken or broken
 
-    def _take(self, ask: Ask, delta: Delta) -> None:
-        """A delta.
-
-        Raises:
-            Broken: it is not what must come.
-        """
-        where, index = f"{ask.engine.host}: request {delta.request_id}/{delta.index}", delta.index
-        right = ask.right[index]
-        if index in ask.ended:
-            raise Broken("I12", f"{where} goes on after its end")
-        got = ask.tokens.setdefault(index, [])
-        got += delta.token_ids
-        ask.text[index] = ask.text.get(index, "") + delta.text
-        if tuple(got) != right.tokens[: len(got)]:
-            raise Broken("I14", f"{where} gave {got}, expected {list(right.tokens)}")
-        if not right.text.startswith(ask.text[index].removesuffix("\ufffd")):
-            raise Broken("I24", f"{where} gave {ask.text[index]!r}, expected {right.text!r}")
-        if delta.prefill is not None:
-            if ask.told_prefill:
-                raise Broken("I11", f"{where} tells its prompt's sources twice")
-            ask.told_prefill = True
-            stats = delta.prefill
-            parts = (stats.local_compute, stats.local_cache_hit, stats.external_kv_transfer)
-            if sum(parts) != len(ask.request.prompt_token_ids) or min(parts) < 0:
-                raise Broken("I11", f"{where}: {parts} are not {len(ask.request.prompt_token_ids)} tokens")
-        if delta.kv_transfer_params is not None:
-            ask.params = delta.kv_transfer_params
-        if delta.finish_reason is not None:
-            self._end(ask, delta, where, right)
-
-    def _end(self, ask: Ask, delta: Delta, where: str, right: Expected) -> None:
-        reason = delta.finish_reason
-        assert reason is not None
-        ask.ended[delta.index] = reason
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            said = (tuple(ask.tokens[delta.index]), ask.text[delta.index], reason, delta.stop_reason)
-            if said != (right.tokens, right.text, right.reason, right.stop_reason):
-                raise Broken("I14", f"{where} ended with {said}, expected {right}")
-        elif reason is FinishReason.ABORT:
-            if not (ask.aborted or ask.engine.has_aborted):
-                raise Broken("I17", f"{where} was aborted, and nobody wanted that")
-        elif not self._excused(ask, delta.message or ""):
-            raise Broken("I17", f"{where} failed without a fault: {delta.message}")
+    def _tell(self, ask: Ask) -> None:
+        """What has come goes to whoever asked."""
+        host = ask.engine.host
+        if ask.stream and not ask.begun and not ask.over and ask.failure is None:
+            ask.begun = True
+            self._clockwork.after(TRAVEL_S, f"{host} begins to answer", lambda: ask.hear(BEGUN))
         if not ask.over:
             return
-        del self.asks[delta.request_id]
-        reasons = set(ask.ended.values())
-        whole = reasons <= {FinishReason.STOP, FinishReason.LENGTH}
-        gone = ask.aborted or FinishReason.ABORT in reasons
-        self.counts["right" if whole else "aborted" if gone else "failed"] += 1
-        params = ask.params if whole else None
-        self._clockwork.after(0.001, "answered", lambda: ask.then(params, whole))
+        del self.asks[ask.request.request_id]
+        gone = ask.aborted or FinishReason.ABORT in ask.ended.values()
+        self.counts["right" if ask.whole else "aborted" if gone else "failed"] += 1
+        if not ask.deaf:
+            reply = ask.reply(self._tokenizer)
+            self._clockwork.after(TRAVEL_S, f"{host} answers {reply.status}", lambda: ask.hear(reply))
 
     def _excused(self, ask: Ask, message: str) -> bool:
         """Whether a fault explains an error."""
@@ -373,3 +345,24 @@ class Clients:
         if message == "the request failed":
             return ("", "tokenizer") in self.excuses
         return (ask.request.request_id, message) in self.struck
+
+
+class _Pair:
+    """`jaxserve.sim.router.Network` of two lives, whatever comes after them. Attributes: asking: never."""
+
+    asking = False
+
+    def __init__(self, clients: Clients, lives: dict[str, SimEngine]) -> None:
+        self._clients, self._lives = clients, lives
+
+    def post(self, host: str, body: bytes, hear: Hear, *, stream: bool, request_id: str | None) -> Ask | None:
+        """See `Network`."""
+        return self._clients.post_to(self._lives[host], body, hear, stream=stream, request_id=request_id)
+
+    def leave(self, ask: Ask) -> None:
+        """See `Network`."""
+        self._clients.leave(ask)
+
+    def health(self, host: str) -> str:
+        """See `Network`."""
+        return "gone"

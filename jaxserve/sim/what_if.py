@@ -5,12 +5,33 @@ connectors and protocol on a virtual clock, without faults. Steps, transfers, me
 measured table says. Only the model is missing (`jaxserve/sim/timed.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
+from jaxserve.api.errors import ApiError, internal_error
+from jaxserve.api.refusals import told
+from jaxserve.api.replies import check_finish
 from jaxserve.bench.stats import RequestRecord, Slo
 from jaxserve.outputs import Delta, EngineError, RequestRefused
+from jaxserve.router.counts import Tally
+from jaxserve.router.fleet import Fleet
+from jaxserve.router.route import (
+    Answered,
+    AskDecode,
+    AskPrefill,
+    BreakOff,
+    Finish,
+    GiveUp,
+    LeftUnread,
+    Outcome,
+    Passed,
+    PassRefusal,
+    Probe,
+    Probed,
+    Route,
+    Verdict,
+    judge,
+)
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.costs import CostError, CostTable, HttpCost, TransferCost
 from jaxserve.sim.engine import Node, SimEngine, Surroundings
@@ -22,7 +43,7 @@ from jaxserve.sim.wire import Fate, SimWire
 from kv.config import CONSUMER, NIXL, PRODUCER, ConnectorConfig
 from kv.moves import RemoteSource
 from metrics.stats import PromptTokenStats
-from scheduler.types import FinishReason, Inputs, Limits, Plan, Request, SamplingParams, SchedulerConfig
+from scheduler.types import Inputs, Limits, Plan, Request, SamplingParams, SchedulerConfig
 
 QUEUED_REQUESTS = 1024
 """That may wait at an engine, as by default in `jaxserve serve`; beyond, they are refused."""
@@ -61,12 +82,13 @@ def simulate(
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """One request of the trace. Attributes: params: the prefill engine's answer. times: of its tokens."""
+    """One request of the trace. Attributes: problem: why it has no answer. times: of its tokens."""
 
     number: int
     arrival: Arrival
+    route: Route
     ids: tuple[int, ...] = ()
-    params: Mapping[str, Any] | None = None
+    problem: str | None = None
     times: list[float] = field(default_factory=list)
 
 
@@ -100,11 +122,15 @@ class _Cluster:
         self._preempted: dict[str, int] = {}
         self._prefill = [self._engine("prefill", number) for number in range(prefill)]
         self._decode = [self._engine("decode" if prefill else "engine", number) for number in range(decode)]
-        self._turns = {"prefill": 0, "decode": 0}
+        urls = [f"http://{engine.host}" for engine in (*self._prefill, *self._decode)]
+        self._engines = dict(zip(urls, (*self._prefill, *self._decode), strict=True))
+        self._fleet, self._tally = Fleet(urls[:prefill], urls[prefill:], max_missed_probes=1), Tally()
+        for backend in self._fleet.backends:
+            self._fleet.probe_answered(backend, 200)
         self._records: list[RequestRecord | None] = [None] * len(trace.arrivals)
         self._left = len(trace.arrivals)
         for number, arrival in enumerate(trace.arrivals):
-            client = _Client(number, arrival)
+            client = _Client(number, arrival, Route(self._fleet, self._tally))
             self._clockwork.after(arrival.at_s, f"arrival {number}", lambda client=client: self._send(client))
 
     @property
@@ -178,56 +204,95 @@ class _Cluster:
 
     # The clients, and the router between.
 
-    def _next(self, role: str) -> SimEngine:
-        """The engines of a role take turns, as behind `jaxserve router`."""
-        engines = self._prefill if role == "prefill" else self._decode
-        self._turns[role] += 1
-        return engines[(self._turns[role] - 1) % len(engines)]
-
     def _send(self, client: _Client) -> None:
         client.ids = client.arrival.prompt.token_ids()
-        if self._prefill:
-            self._later(self._http.router_s + self._http.server_s, client, self._ask_prefill)
-        else:
-            self._later(self._http.server_s, client, self._ask_decode)
+        self._go_on(client)
+
+    def _take(self, client: _Client, outcome: Outcome) -> None:
+        client.route.take(outcome)
+        self._go_on(client)
+
+    def _go_on(self, client: _Client) -> None:
+        """Executes the router's order."""
+        match client.route.order:
+            case AskPrefill():
+                self._later(self._http.router_s + self._http.server_s, client, self._ask_prefill)
+            case AskDecode():
+                self._later(self._http.server_s, client, self._ask_decode)
+            case Probe():
+                self._take(client, Probed(well=True))
+            case Finish() | PassRefusal():
+                self._end(client, client.problem)
+            case GiveUp(error=error) | BreakOff(error=error):
+                self._end(client, error.message)
 
     def _later(self, delay: float, client: _Client, action: Callable[[_Client], None]) -> None:
         self._clockwork.after(delay, f"http {client.number}", lambda: action(client))
 
     def _ask_prefill(self, client: _Client) -> None:
-        def told(delta: Delta) -> None:
+        order = client.route.order
+        if not isinstance(order, AskPrefill):
+            raise TypeError(f"no prefill engine is to be asked: {order}")
+
+        def heard(delta: Delta) -> None:
             if delta.finish_reason is not None:
-                client.params = delta.kv_transfer_params
-                self._later(self._http.server_s, client, self._ask_decode)
+                status = self._status(client, delta)
+                self._take(client, Answered(status=status, params=delta.kv_transfer_params))
 
         request = _request(client, f"{client.number}-prefill", tokens=1, lease=True)
-        self._submit(client, self._next("prefill"), request, told)
+        status = self._submit(client, self._engines[order.backend.url], request, heard)
+        if status is not None:
+            self._take(client, Answered(status=status))
 
     def _ask_decode(self, client: _Client) -> None:
-        def told(delta: Delta) -> None:
+        order = client.route.order
+        if not isinstance(order, AskDecode):
+            raise TypeError(f"no decode engine is to be asked: {order}")
+
+        def judged(status: int) -> None:
+            left = judge(self._fleet, order, status) is Verdict.LEAVE
+            self._take(client, LeftUnread(status=status) if left else Passed())
+
+        def heard(delta: Delta) -> None:
             client.times += [self._clockwork.now] * len(delta.token_ids)
             if delta.finish_reason is not None:
-                failed = delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
-                self._end(client, (delta.message or "the request was aborted") if failed else None)
+                status = self._status(client, delta)
+                judged(200 if len(client.times) else status)
 
-        engine, remote = self._next("decode"), None
-        if client.params is not None:
-            remote = engine.door.open(client.params, client.ids, client.arrival.cache_salt).remote
+        engine, remote = self._engines[order.backend.url], None
+        if order.params is not None:
+            remote = engine.door.open(order.params, client.ids, client.arrival.cache_salt).remote
         tokens = client.arrival.output_tokens
         request = _request(client, f"{client.number}-decode", tokens=tokens, remote=remote)
-        self._submit(client, engine, request, told)
+        status = self._submit(client, engine, request, heard)
+        if status is not None:
+            judged(status)
 
     def _submit(
         self, client: _Client, engine: SimEngine, request: Request, sink: Callable[[Delta], None]
-    ) -> None:
+    ) -> int | None:
+        """The HTTP status of a refusal; None: there is none."""
         config = engine.node.scheduler
         try:
             engine.submit(request, sink)
-        except RequestRefused:
-            bound = f"{config.max_model_len} tokens a sequence and {config.num_pages} pages"
-            self._end(client, f"too long for engines of {bound}")
-        except EngineError as error:
-            self._end(client, str(error))
+            return None
+        except (EngineError, RequestRefused) as refusal:
+            client.problem = str(refusal)
+            if isinstance(refusal, RequestRefused):
+                bound = f"{config.max_model_len} tokens a sequence and {config.num_pages} pages"
+                client.problem = f"too long for engines of {bound}"
+            error = told(refusal) or internal_error()
+            return error.status
+
+    def _status(self, client: _Client, delta: Delta) -> int:
+        """The HTTP status of an answer that ends so."""
+        try:
+            check_finish(delta)
+        except ApiError as error:
+            client.problem = delta.message or "the request was aborted"
+            return error.status
+        client.problem = None
+        return 200
 
     def _end(self, client: _Client, error: str | None = None) -> None:
         self._records[client.number] = RequestRecord(

@@ -1,0 +1,118 @@
+"""The HTTP server before a simulated engine, without connections: bodies in, statuses and bodies out.
+
+What a body means and what a refusal looks like is the server's own code (`jaxserve.server.prepare`,
+`jaxserve.api`).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.api.errors import ApiError, internal_error
+from jaxserve.api.generation import ModelFacts
+from jaxserve.api.refusals import told
+from jaxserve.outputs import Transfer
+from jaxserve.server.prepare import Prepared, Preparer
+from jaxserve.sim.engine import SimEngine
+from jaxserve.sim.hash_model import END, VOCAB
+from jaxserve.text import Tokenizer
+from scheduler.types import SamplingParams
+
+MODEL = "simulated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What has come over a connection.
+
+    Attributes:
+        status: HTTP's.
+        body: of an answer that is read; of one that is passed on, nothing.
+        over: it is whole; false: a stream has begun.
+        right: it holds an answer, and no error.
+    """
+
+    status: int
+    body: bytes = b""
+    over: bool = True
+    right: bool = False
+
+
+class SimServer:
+    """`jaxserve.server.surface.PrepareSurface` of one life of an engine."""
+
+    def __init__(self, engine: SimEngine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self._tokenizer = tokenizer
+        self._count = 0
+        facts = ModelFacts(
+            names=(MODEL,),
+            vocab_size=VOCAB,
+            max_model_len=engine.node.scheduler.max_model_len,
+            eos_token_ids=(END,),
+            defaults={},
+        )
+        self._preparer = Preparer(self, facts)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See `PrepareSurface`."""
+        return self._tokenizer
+
+    @property
+    def chat(self) -> None:
+        """See `PrepareSurface`."""
+        return None
+
+    def new_request_id(self, prefix: str) -> str:
+        """See `PrepareSurface`."""
+        self._count += 1
+        return f"{self.engine.host}-{self.engine.epoch[:4]}-{prefix}-{self._count}"
+
+    def open_transfer(
+        self, params: Mapping[str, Any], prompt_token_ids: tuple[int, ...], cache_salt: str
+    ) -> Transfer:
+        """See `PrepareSurface`."""
+        return self.engine.door.open(params, prompt_token_ids, cache_salt)
+
+    def read(self, body: bytes) -> Prepared:
+        """A request to /v1/completions.
+
+        Raises:
+            QueueFull, ApiError: it is refused.
+        """
+        self.engine.core.inbox.check_room()
+        return self._preparer.completion(body)
+
+
+def refusal(failure: Exception) -> Reply:
+    """The answer to a request that an engine did not take."""
+    return error_reply(told(failure) or internal_error())
+
+
+def error_reply(error: ApiError) -> Reply:
+    """The answer that says this."""
+    return Reply(status=error.status, body=json.dumps(error.body()).encode())
+
+
+def body_of(
+    prompt: tuple[int, ...], sampling: SamplingParams, salt: str, priority: int, *, stream: bool = False
+) -> bytes:
+    """What a client sends to /v1/completions."""
+    body: dict[str, object] = {
+        "model": MODEL,
+        "prompt": list(prompt),
+        "n": sampling.n,
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "ignore_eos": sampling.ignore_eos,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "priority": priority,
+        "stream": stream,
+        **({"cache_salt": salt} if salt else {}),
+    }
+    return json.dumps(body).encode()
