@@ -75,6 +75,7 @@ class Clients:
         """So many clients begin to ask. All engines live."""
         prefill, decode = self._engines("prefill"), self._engines("decode")
         if prefill and decode:
+            self._lives = {engine.host: engine for engine in (*prefill, *decode)}
             hosts = [engine.host for engine in prefill], [engine.host for engine in decode]
             self.router = SimRouter(
                 self._clockwork,
