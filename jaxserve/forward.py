@@ -49,7 +49,7 @@ def attend_pages(batch: Batch, geometry: Geometry) -> Callable[..., tuple[jax.Ar
     scale = geometry.config.head_dim**-0.5
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, layer: int
+        q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         pages = kv_write(
             pages, k, v, batch.token_pages, batch.token_offsets, layer, kv_dtype=geometry.kv_dtype
@@ -77,7 +77,7 @@ def attend_shards(batch: Batch, geometry: Geometry, mesh: Mesh) -> Callable[...,
     heads, pool = split_heads(1), split_heads(3)
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, layer: int
+        q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         def shard(
             batch: Batch, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array

@@ -14,11 +14,12 @@ from flax import nnx
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.rope import rotate
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 """`attend(q [T, H, D], k [T, K, D], v [T, K, D], kv, layer) -> (out [T, H, D], kv)`.
 
 The caller's attention: it stores k and v wherever it keeps KV (`kv` is its own value, passed through) and
 attends with scale D ** -0.5; q is not scaled. Query head h reads KV head h // G. `out` is in q's dtype.
+`layer` is an int32 scalar, and inside jit: equal layers are traced once.
 """
 
 
@@ -59,7 +60,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(size, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, cosine: jax.Array, sine: jax.Array, kv: Any, attend: Attend, layer: int
+        self, x: jax.Array, cosine: jax.Array, sine: jax.Array, kv: Any, attend: Attend, layer: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Attend from tokens `x [T, E]` with rotation `cosine, sine [T, D / 2]`; gives `[T, E]` and kv."""
         fused = project("te,ekgd->tkgd", x, self.wqkv[...])
@@ -98,7 +99,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype)
 
     def __call__(
-        self, x: jax.Array, cosine: jax.Array, sine: jax.Array, kv: Any, attend: Attend, layer: int
+        self, x: jax.Array, cosine: jax.Array, sine: jax.Array, kv: Any, attend: Attend, layer: jax.Array
     ) -> tuple[jax.Array, Any]:
         """One layer over tokens `x [T, E]`; see Attention."""
         y, kv = self.attention(self.attention_norm(x), cosine, sine, kv, attend, layer)

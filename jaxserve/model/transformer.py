@@ -40,16 +40,25 @@ class Transformer(nnx.Module):
         Args:
             tokens: int32 `[T]`.
             positions: int32 `[T]`, each token's place in its sequence.
-            kv: the caller's value, handed to `attend` layer by layer and returned.
-            attend: see Attend; called once per layer, in order.
+            kv: the caller's value, a pytree, handed from layer to layer and returned.
+            attend: see Attend; traced once for layers that are equal.
 
         Returns:
             The residual stream `[T, E]` in the weights' dtype, before the last norm, and kv.
         """
         cosine, sine = angles(inverse_frequencies(self.config), positions)
         x = self.embedding[...][tokens]
+
+        # Called and not unrolled by hand: equal layers are traced once. XLA inlines the calls, so the program
+        # is that of a loop, whereas a scan over stacked weights copies each layer's weights on a CPU.
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(
+            layer: nnx.GraphDef[DecoderLayer], state: ModelState, x: jax.Array, kv: Any, index: jax.Array
+        ) -> tuple[jax.Array, Any]:
+            return nnx.merge(layer, state)(x, cosine, sine, kv, attend, index)
+
         for index, layer in enumerate(self.layers):
-            x, kv = layer(x, cosine, sine, kv, attend, index)
+            x, kv = run(*nnx.split(layer), x, kv, jnp.int32(index))
         return x, kv
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -93,7 +102,7 @@ def random_model(config: ModelConfig, *, seed: int, dtype: str) -> tuple[ModelGr
 
 
 def dense_attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, kv: Any, layer: int, *, sliding_window: int | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, kv: Any, layer: jax.Array, *, sliding_window: int | None = None
 ) -> tuple[jax.Array, Any]:
     """Causal attention over one whole sequence, for tests and goldens; kv is passed through.
 

@@ -126,21 +126,37 @@ def test_positions_alone_place_a_token() -> None:
     np.testing.assert_allclose(together, jnp.concatenate(alone), atol=1e-5)
 
 
-def test_attend_is_called_once_per_layer_with_the_callers_value() -> None:
+def test_attend_gets_each_layer_s_number_and_the_callers_value() -> None:
     graphdef, state = random_model(config_of(num_layers=3), seed=0, dtype="bfloat16")
     shapes = []
 
     def attend(q, k, v, kv, layer):
-        shapes.append((q.shape, k.shape, v.shape, q.dtype, layer))
+        shapes.append((q.shape, k.shape, v.shape, q.dtype, layer.dtype))
         out, _ = dense_attend(q, k, v, None, layer)
         return out, (*kv, layer)
 
     hidden, kv = nnx.merge(graphdef, state).hidden(jnp.arange(5), jnp.arange(5), (), attend)
     assert kv == (0, 1, 2)
-    assert shapes == [((5, 4, 8), (5, 2, 8), (5, 2, 8), jnp.bfloat16, layer) for layer in range(3)]
+    assert set(shapes) == {((5, 4, 8), (5, 2, 8), (5, 2, 8), jnp.dtype("bfloat16"), jnp.dtype("int32"))}
     assert (hidden.shape, hidden.dtype) == ((5, 16), jnp.bfloat16)
     logits = nnx.merge(graphdef, state).logits(hidden[-1:])
     assert (logits.shape, logits.dtype) == ((1, 50), jnp.float32)
+
+
+def test_equal_layers_are_traced_once() -> None:
+    graphdef, state = random_model(config_of(num_layers=5), seed=0, dtype="float32")
+    traced = []
+
+    def attend(q, k, v, kv, layer):
+        traced.append(layer)
+        return dense_attend(q, k, v, kv, layer)
+
+    def step(state, tokens):
+        return nnx.merge(graphdef, state).hidden(tokens, jnp.arange(4), None, attend)[0]
+
+    program = jax.jit(step).lower(state, jnp.arange(4))
+    assert len(traced) == 1
+    assert program.compile().as_text().count(" call(") == 0, "the calls are inlined"
 
 
 def test_rows_of_logits_are_independent() -> None:
@@ -191,14 +207,12 @@ def test_fused_layout() -> None:
     assert model.layers[0].mlp.gate_up.shape == (16, 2, 24)
     labels = jnp.arange(8.0).reshape(2, 4)[:, :, None] * jnp.ones(8)
     model.layers[0].attention.bias.set_value(labels)
-    seen = []
 
     def attend(q, k, v, kv, layer):
-        seen.extend([q, k, v])
-        return q, kv
+        return q, [q, k, v]
 
     # At position 0 the rotation is the identity; weights are zero, so that the bias alone is left.
-    model.hidden(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), None, attend)
+    _, seen = model.hidden(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), None, attend)
     q, k, v = (np.asarray(x)[0, :, 0].tolist() for x in seen)
     assert (q, k, v) == ([0, 1, 4, 5], [2, 6], [3, 7])
 
