@@ -8,12 +8,17 @@ from typing import Any
 
 import jax
 
+from jaxserve.batch import Bucket
+from jaxserve.compiling import Blueprint, draw_up, enable_compilation_cache
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.device import Device, enable_compilation_cache
+from jaxserve.device import Device
 from jaxserve.model.config import ModelConfig
+from jaxserve.model.sharding import placed
+from jaxserve.model.transformer import abstract_model
+from jaxserve.shapes import Shape, buckets_of, compile_plan
 from jaxserve.text import Tokenizer
 from jaxserve.transfer import sized
-from jaxserve.weights.load import Loaded, load_model
+from jaxserve.weights.load import Loaded, load_model, model_config
 from jaxserve.weights.source import ModelSource, resolve
 from kv.types import KvSpec, PageGroup
 from scheduler.types import Limits, SamplingParams, SchedulerConfig
@@ -84,6 +89,7 @@ def assemble(config: EngineConfig, cache_dir: Path, report: Callable[[str], None
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         backend=config.attention_backend,
+        pool_must_stay=config.kv_transfer is not None,
     )
     scheduler = SchedulerConfig(
         windows=tuple(group.sliding_window for group in spec.groups),
@@ -108,6 +114,54 @@ def assemble(config: EngineConfig, cache_dir: Path, report: Callable[[str], None
         dtype=dtype,
         default_sampling=defaults,
         chat_template=template if template is not None else tokenizer.chat_template,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Draft:
+    """What an engine's programs are compiled from, known from the model's configuration alone.
+
+    Attributes:
+        buckets: shapes of steps.
+        plan: every shape.
+        blueprint: see `compiling.Blueprint`.
+        dtype: of weights, activations and KV.
+    """
+
+    buckets: list[Bucket]
+    plan: tuple[Shape, ...]
+    blueprint: Blueprint
+    dtype: str
+
+
+def draft(config: EngineConfig, cache_dir: Path, report: Callable[[str], None]) -> Draft:
+    """The compile plan of `assemble(config, ...)`, without its weights and pages.
+
+    Raises:
+        ConfigError: the options do not fit the model.
+        WeightsError: the model cannot be had, or its configuration cannot be read.
+    """
+    source = resolve(config.model, cache_dir=cache_dir, report=report)
+    model, dtype = model_config(source), resolve_dtype(config.dtype)
+    spec = kv_spec(model, config.page_size, dtype)
+    num_pages = pool_pages(config, spec)
+    max_model_len = model_length(config, model, spec, num_pages)
+    graphdef, weights = abstract_model(model, dtype=dtype)
+    buckets = buckets_of(config.max_num_seqs, config.max_num_batched_tokens)
+    return Draft(
+        buckets=buckets,
+        plan=compile_plan(buckets, max_model_len),
+        blueprint=draw_up(
+            graphdef,
+            placed(weights),
+            model,
+            spec,
+            num_pages=num_pages,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            backend=config.attention_backend,
+        ),
+        dtype=dtype,
     )
 
 

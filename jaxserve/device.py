@@ -3,13 +3,10 @@
 Nothing is decided here. An execution that fails is an outcome with an error, never an exception in the loop.
 """
 
-import contextlib
-import os
+import logging
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +14,27 @@ import jax.stages
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.batch import Bucket, choose, decode_buckets, mixed_buckets, pack, packed_size
-from jaxserve.forward import Geometry, Programs
+from jaxserve.batch import Bucket, choose, pack
+from jaxserve.compiling import Built, Progress, abstract, build, build_all, draw_up
 from jaxserve.model.sharding import copied, lay_out, pool_sharding
 from jaxserve.sample import Sampled, SlotState, init_slots, pack_slot, unpack_sampled
+from jaxserve.shapes import (
+    LOGPROBS_SHAPE,
+    PROMPT_LOGPROBS_TOKENS,
+    Shape,
+    buckets_of,
+    compile_plan,
+    rows_shape,
+    slot_shape,
+    step_shape,
+)
 from jaxserve.weights.load import Loaded
 from kv import pool
 from kv.driver import Region
 from kv.types import KvSpec
-from scheduler.types import Outcome, Plan, SamplingParams
+from scheduler.types import Outcome, Plan, Rows, SamplingParams
 
-PROMPT_LOGPROBS_TOKENS = 64
-"""Positions per call of the prompt-logprobs program: bounds its logits to 64 rows of the vocabulary."""
+logger = logging.getLogger("jaxserve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,6 +72,21 @@ class PromptSpan:
     targets: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatch:
+    """What starting a step took.
+
+    Attributes:
+        tokens: that the device was given, padding among them; 0: nothing was started.
+        padding_tokens: of these, those of no row.
+        compile_misses: programs that were compiled for it because they were not compiled ahead.
+    """
+
+    tokens: int = 0
+    padding_tokens: int = 0
+    compile_misses: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pending:
     """A step under way, or one that could not be started."""
@@ -74,6 +95,7 @@ class Pending:
     rows: int
     sampled: jax.Array | None
     spans: tuple[tuple[PromptSpan, tuple[jax.Array, ...]], ...] = ()
+    dispatch: Dispatch = Dispatch()
     error: str | None = None
 
 
@@ -84,18 +106,39 @@ class Executed:
     Attributes:
         sampled: one entry per row of the plan; None where the step failed.
         spans: per prompt span, its log-probabilities, one entry per target.
+        dispatch: what starting it took.
     """
 
     outcome: Outcome
     sampled: Sampled | None
     spans: tuple[tuple[PromptSpan, Sampled], ...] = ()
+    dispatch: Dispatch = Dispatch()
+
+
+class PoolMovedError(RuntimeError):
+    """A step's program copies the page buffer, into which peers or host tiers write."""
+
+
+NO_ROWS = Rows(
+    slots=np.zeros(0, np.int32),
+    starts=np.zeros(0, np.int32),
+    lens=np.zeros(0, np.int32),
+    samples=np.zeros(0, bool),
+    num_outputs=np.zeros(0, np.int32),
+    tokens=np.zeros(0, np.int32),
+    page_tables=(np.zeros((0, 0), np.int32),),
+)
 
 
 class Device:
     """One model on this process's devices: one of them, or a mesh over which pages are split by KV heads.
 
     Attributes:
+        buckets: shapes of steps.
+        plan: every shape that its programs are called with.
+        blueprint: what they are compiled from.
         pool_moves: steps after which the page buffer had another address.
+        compile_misses: calls of a program that was not compiled ahead, and had to be then.
         lock: held while the page buffer is donated and put back.
     """
 
@@ -110,8 +153,11 @@ class Device:
         max_model_len: int,
         backend: str,
         mesh: Mesh | None = None,
+        pool_must_stay: bool = False,
     ) -> None:
-        """Args: mesh: devices of this process along one axis, "tensor"; None: the first local device.
+        """Args:
+            mesh: devices of this process along one axis, "tensor"; None: the first local device.
+            pool_must_stay: somebody else may write into the page buffer, so that no step may copy it.
 
         Raises:
             ValueError: the mesh is another, or does not divide the KV heads.
@@ -120,61 +166,67 @@ class Device:
         self._mesh, self._rest = mesh, copied(mesh)
         self._spec, self._num_pages = spec, num_pages
         self._vocab, self._num_slots = loaded.config.vocab_size, max_num_seqs
-        self._max_pages = -(-max_model_len // spec.page_size)
-        self._geometry = Geometry(
-            config=loaded.config,
-            page_size=spec.page_size,
-            max_pages=self._max_pages,
-            kv_dtype=spec.dtype,
-            backend="pallas" if backend == "pallas" else "xla",
+        self._kv_heads, self._max_model_len = loaded.config.num_kv_heads, max_model_len
+        self.buckets = buckets_of(max_num_seqs, max_num_batched_tokens)
+        self.plan = compile_plan(self.buckets, max_model_len)
+        self.blueprint = draw_up(
+            loaded.graphdef,
+            abstract(self._weights),
+            loaded.config,
+            spec,
+            num_pages=num_pages,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            backend=backend,
             mesh=mesh,
         )
-        self._programs = Programs(loaded.graphdef, self._geometry)
-        self.buckets = decode_buckets(max_num_seqs) + mixed_buckets(max_num_batched_tokens, max_num_seqs)
+        self._max_pages = self.blueprint.max_pages
         self._pages, self._slots = self._allocate()
+        self._built: dict[Shape, Built] = {}
+        self._pool_must_stay = pool_must_stay
         self.pool_moves = 0
+        self.compile_misses = 0
         self._known_address: tuple[int, ...] | None = self._address()
         self.lock = threading.Lock()
-        self._compiled: dict[Bucket, jax.stages.Compiled] = {}
 
-    def compile(
-        self, progress: Callable[[Iterable[Bucket], int], Iterable[Bucket]] = lambda done, _: done
-    ) -> None:
-        """Compiles every bucket, so that no request waits for a compilation: lowered in order, compiled in
-        threads, since XLA leaves Python's lock.
+    def compile(self, progress: Progress = lambda done, _: done) -> tuple[Built, ...]:
+        """Compiles the whole plan, so that no request waits for a compilation, and runs each step once on
+        padding alone, to see that the page buffer stays where it is.
 
         Args:
-            progress: given the buckets as they are done, and how many there are; passes them on.
+            progress: given the shapes as they are done, and how many there are; passes them on.
+
+        Returns:
+            What each shape cost.
+
+        Raises:
+            PoolMovedError: a step copies the page buffer and `pool_must_stay`.
         """
-        with compiling_threads(min(len(self.buckets), os.cpu_count() or 1)) as pool_of_threads:
-            jobs = {}
-            for bucket in self.buckets:
-                packed = jax.ShapeDtypeStruct(
-                    (packed_size(bucket, self._max_pages),),
-                    jnp.int32,
-                    sharding=None if self._mesh is None else self._rest,
-                )
-                lowered = self._programs.step.lower(
-                    self._weights, self._pages, self._slots, packed, bucket=bucket
-                )
-                jobs[pool_of_threads.submit(lowered.compile)] = bucket
-            for bucket in progress((jobs[job] for job in as_completed(jobs)), len(jobs)):
-                del bucket
-            self._compiled = {bucket: job.result() for job, bucket in jobs.items()}
-        neutral = SlotSetup(
-            slot=self._num_slots,
-            sampling=SamplingParams(temperature=0.0),
-            seed=0,
-            stop_token_ids=(),
-            tokens=np.zeros(1, np.int32),
-            num_prompt=0,
-        )
-        self.set_slot(neutral)
-        width, dtype = self._geometry.config.hidden_size, jax.tree.leaves(self._weights)[0].dtype
-        nothing = PromptSpan(slot=self._num_slots, first_token=0, start=0, targets=np.zeros(1, np.int32))
-        for tokens in sorted({bucket.tokens for bucket in self.buckets}):
-            hidden = jax.device_put(jnp.zeros((tokens, width), dtype), self._rest)
-            jax.block_until_ready(self._span_chunks(hidden, nothing))
+        self._built = build_all(self.blueprint, self.plan, progress)
+        copying = [built.shape for built in self._built.values() if not built.in_place]
+        copying += [step_shape(bucket) for bucket in self.buckets if self._try_out(bucket)]
+        for shape in dict.fromkeys(copying):
+            said = f"the step of {shape.tokens} tokens in {shape.rows} rows copies the whole page buffer"
+            if self._pool_must_stay:
+                raise PoolMovedError(f"{said}: what a peer writes meanwhile would be lost")
+            logger.warning("%s", said)
+        return tuple(self._built.values())
+
+    def _try_out(self, bucket: Bucket) -> bool:
+        """Runs a step of no rows; whether the page buffer lies elsewhere after it."""
+        packed = pack(NO_ROWS, bucket, max_pages=self._max_pages, dummy_slot=self._num_slots)
+        moves = self.pool_moves
+        sampled, _ = self._launch(bucket, packed, ())
+        sampled.block_until_ready()
+        return self.pool_moves != moves
+
+    def _program(self, shape: Shape) -> jax.stages.Compiled:
+        """The program of a shape; one that was not compiled ahead is a miss, and compiled now."""
+        built = self._built.get(shape)
+        if built is None:
+            self.compile_misses += 1
+            built = self._built[shape] = build(self.blueprint, shape)
+        return built.compiled
 
     def set_slot(self, setup: SlotSetup) -> None:
         """Writes a sequence's sampling parameters, and its history where penalties need one."""
@@ -183,11 +235,13 @@ class Device:
             sampling, seed=setup.seed, stop_token_ids=setup.stop_token_ids, vocab_size=self._vocab
         )
         tokens, count = np.zeros(1, np.int32), 0
+        shape = slot_shape(1, self._max_model_len)
         if has_penalties(sampling):
             count = len(setup.tokens)
-            tokens = np.zeros(max(16, 1 << (count - 1).bit_length()), np.int32)
+            shape = slot_shape(count, self._max_model_len)
+            tokens = np.zeros(shape.tokens, np.int32)
             tokens[:count] = setup.tokens
-        self._slots = self._programs.set_slot(
+        self._slots = self._program(shape)(
             self._slots,
             np.int32(setup.slot),
             params,
@@ -198,16 +252,30 @@ class Device:
 
     def start(self, plan: Plan, setups: Sequence[SlotSetup], spans: Sequence[PromptSpan]) -> Pending:
         """Dispatches a plan's rows; does not wait."""
-        rows = plan.rows
+        rows, misses = plan.rows, self.compile_misses
+        sampled, chunks, error, tokens = None, (), None, 0
         try:
             for setup in setups:
                 self.set_slot(setup)
             bucket = choose(self.buckets, rows)
             packed = pack(rows, bucket, max_pages=self._max_pages, dummy_slot=self._num_slots)
             sampled, chunks = self._launch(bucket, packed, spans)
-        except Exception as error:
-            return Pending(step_id=plan.step_id, rows=len(rows), sampled=None, error=describe(error))
-        return Pending(step_id=plan.step_id, rows=len(rows), sampled=sampled, spans=tuple(chunks))
+            tokens = bucket.tokens
+        except Exception as failure:
+            error = describe(failure)
+        dispatch = Dispatch(
+            tokens=tokens,
+            padding_tokens=tokens and tokens - len(rows.tokens),
+            compile_misses=self.compile_misses - misses,
+        )
+        return Pending(
+            step_id=plan.step_id,
+            rows=len(rows),
+            sampled=sampled,
+            spans=tuple(chunks),
+            dispatch=dispatch,
+            error=error,
+        )
 
     def wait(self, pending: Pending) -> Executed:
         """Blocks until a step is done. After a failure, pages and slot state are made anew."""
@@ -219,9 +287,9 @@ class Device:
         except Exception as error:
             self._recover()
             outcome = Outcome(step_id=pending.step_id, tokens=np.zeros(0, np.int32), error=describe(error))
-            return Executed(outcome=outcome, sampled=None)
+            return Executed(outcome=outcome, sampled=None, dispatch=pending.dispatch)
         outcome = Outcome(step_id=pending.step_id, tokens=np.asarray(sampled.tokens))
-        return Executed(outcome=outcome, sampled=sampled, spans=spans)
+        return Executed(outcome=outcome, sampled=sampled, spans=spans, dispatch=pending.dispatch)
 
     @property
     def pages(self) -> jax.Array:
@@ -245,16 +313,11 @@ class Device:
     def _launch(
         self, bucket: Bucket, packed: np.ndarray, spans: Sequence[PromptSpan]
     ) -> tuple[jax.Array, list[tuple[PromptSpan, tuple[jax.Array, ...]]]]:
-        programs = self._programs
         uploaded = jnp.asarray(packed) if self._mesh is None else jax.device_put(packed, self._rest)
-        compiled = self._compiled.get(bucket)
+        step = self._program(step_shape(bucket))
         with self.lock:
             pages, address = self._pages, self._address()
-            self._pages, self._slots, sampled, hidden = (
-                programs.step(self._weights, pages, self._slots, uploaded, bucket=bucket)
-                if compiled is None
-                else compiled(self._weights, pages, self._slots, uploaded)
-            )
+            self._pages, self._slots, sampled, hidden = step(self._weights, pages, self._slots, uploaded)
         chunks = [(span, tuple(self._span_chunks(hidden, span))) for span in spans]
         if self._address() != address:
             self.pool_moves += 1
@@ -262,13 +325,13 @@ class Device:
 
     def _span_chunks(self, hidden: jax.Array, span: PromptSpan) -> list[jax.Array]:
         chunks = []
+        take, score = self._program(rows_shape(len(hidden))), self._program(LOGPROBS_SHAPE)
         for place in range(0, len(span.targets), PROMPT_LOGPROBS_TOKENS):
             targets = np.zeros(PROMPT_LOGPROBS_TOKENS, np.int32)
             part = span.targets[place : place + PROMPT_LOGPROBS_TOKENS]
             targets[: len(part)] = part
             start = np.int32(span.first_token + place)
-            rows = self._programs.span(hidden, start, count=PROMPT_LOGPROBS_TOKENS)
-            chunks.append(self._programs.prompt_logprobs(self._weights, rows, targets))
+            chunks.append(score(self._weights, take(hidden, start), targets))
         return chunks
 
     def _recover(self) -> None:
@@ -281,23 +344,12 @@ class Device:
         slots = jax.device_put(init_slots(self._num_slots, self._vocab), self._rest)
         if self._mesh is None:
             return jax.device_put(pool.create(self._spec, self._num_pages), self._rest), slots
-        sharding = pool_sharding(self._mesh, self._geometry.config.num_kv_heads)
+        sharding = pool_sharding(self._mesh, self._kv_heads)
         return pool.create(self._spec, self._num_pages, sharding), slots
 
     def _address(self) -> tuple[int, ...]:
         """Of every shard of the page buffer."""
         return (pool.pointer(self._pages),) if self._mesh is None else pool.pointers(self._pages)
-
-
-@contextlib.contextmanager
-def compiling_threads(count: int) -> Generator[ThreadPoolExecutor, None, None]:
-    """Threads with room for XLA's recursion, which overflows the usual stack on large programs."""
-    before = threading.stack_size(64 << 20)
-    try:
-        with ThreadPoolExecutor(count, thread_name_prefix="jaxserve-compile") as threads:
-            yield threads
-    finally:
-        threading.stack_size(before)
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
@@ -323,11 +375,3 @@ def join(span: PromptSpan, chunks: Sequence[jax.Array]) -> Sampled:
 def describe(error: Exception) -> str:
     """An exception as one line for the log and the client: its kind, not its text."""
     return f"the device step failed ({type(error).__name__})"
-
-
-def enable_compilation_cache(folder: Path) -> None:
-    """Keeps compiled programs between starts. The folder is the user's alone: programs in it are trusted."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.device import Executed
+from jaxserve.device import Dispatch, Executed
 from jaxserve.movers import Movers
 from jaxserve.outputs import Delta, TokenLogprobs
 from jaxserve.report_moves import observe_moves
@@ -230,6 +230,7 @@ def step_record(news: News, gaps: list[float]) -> StepRecord:
     looked_up = [entry for entry in plan.admitted if not entry.resumed and entry.index == 0]
     corrupted = 0 if ran is None or sampled is None else int((ran.rows.samples & ~sampled.finite).sum())
     gauges = plan.gauges
+    dispatch = Dispatch() if news.executed is None else news.executed.dispatch
     return StepRecord(
         gauges=Gauges(
             running=gauges.running,
@@ -247,6 +248,9 @@ def step_record(news: News, gaps: list[float]) -> StepRecord:
         external_queries=sum(entry.queried_tokens for entry in plan.moves.promised),
         external_hits=_by_tier(plan),
         corrupted=corrupted,
+        dispatched_tokens=dispatch.tokens,
+        padding_tokens=dispatch.padding_tokens,
+        compile_misses=dispatch.compile_misses,
         inter_token_s=np.asarray(gaps, np.float64),
     )
 

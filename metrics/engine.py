@@ -58,6 +58,14 @@ class StepTotals:
     prefix_hits: int = 0
     external_queries: int = 0
     corrupted_requests: int = 0
+    dispatched_tokens: int = 0
+    padding_tokens: int = 0
+    compile_misses: int = 0
+
+    @property
+    def padding_waste(self) -> float:
+        """Fraction of the dispatched tokens that were padding, 0 to 1."""
+        return self.padding_tokens / self.dispatched_tokens if self.dispatched_tokens else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,11 +68,14 @@ class StepRecord:
         external_queries: tokens that a connector was asked for at admission.
         external_hits: of these, promised, by tier: (label of `EXTERNAL_TIERS`, tokens).
         corrupted: sequences whose logits held a NaN.
+        dispatched_tokens: tokens that the device was given to compute, padding among them.
+        padding_tokens: of these, the padding.
+        compile_misses: programs that had to be compiled for the step.
         inter_token_s: float `[N]`, for each accepted token but a sequence's first, the seconds since the one
             before it.
 
     Raises:
-        ValueError: a number is negative, or there are more hits than queries.
+        ValueError: a number is negative, or there are more hits than queries or more padding than tokens.
     """
 
     gauges: Gauges
@@ -85,12 +88,17 @@ class StepRecord:
     external_queries: int = 0
     external_hits: tuple[tuple[str, int], ...] = ()
     corrupted: int = 0
+    dispatched_tokens: int = 0
+    padding_tokens: int = 0
+    compile_misses: int = 0
     inter_token_s: np.ndarray = field(default_factory=_no_seconds)
 
     def __post_init__(self) -> None:
         tokens = (self.prompt_tokens, self.recomputed_tokens, self.generation_tokens)
         if min(*tokens, self.preemptions, self.corrupted, self.prefix_hits) < 0:
             raise ValueError(f"negative number in {self}")
+        if self.compile_misses < 0 or not 0 <= self.padding_tokens <= self.dispatched_tokens:
+            raise ValueError(f"negative number, or more padding than tokens, in {self}")
         if any(hits < 0 for _, hits in self.external_hits):
             raise ValueError(f"negative number in {self}")
         if self.prefix_hits > self.prefix_queries:

@@ -1,7 +1,7 @@
 """The table of series: what each is called and how it is read from EngineStats.
 
-Names, label names and label values are vLLM's, so that its dashboards and gateways work on us. Only
-`preempted_prefill_tokens` is ours. The series of moves are in `move_series.py`.
+Names, label names and label values are vLLM's, so that its dashboards and gateways work on us. Ours are
+`preempted_prefill_tokens` and those of compiled shapes. The series of moves are in `move_series.py`.
 """
 
 from collections.abc import Callable
@@ -89,6 +89,22 @@ SERIES: tuple[Series, ...] = (
         "corrupted_requests",
         "Sequences whose logits held a NaN.",
         lambda s: s.steps.corrupted_requests,
+    ),
+    _counter(
+        "compile_misses",
+        "Device programs that were compiled while serving, since no shape compiled ahead would do.",
+        lambda s: s.steps.compile_misses,
+    ),
+    _counter(
+        "dispatched_tokens",
+        "Tokens that the device was given to compute, padding to a compiled shape among them.",
+        lambda s: s.steps.dispatched_tokens,
+    ),
+    _counter("padding_tokens", "Of the dispatched tokens, the padding.", lambda s: s.steps.padding_tokens),
+    _gauge(
+        "padding_waste_ratio",
+        "Padding tokens over dispatched tokens since the start, 0 to 1.",
+        lambda s: s.steps.padding_waste,
     ),
     _counter(
         "prompt_tokens",

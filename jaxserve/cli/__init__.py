@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve | router | generate | chat | bench | replay | simulate | convert | ...`.
+"""The command line: `jaxserve serve | router | generate | chat | bench | compile | replay | simulate | ...`.
 
 Flags have vLLM's names wherever the meaning is the same. Environment variables are read here, and by a
 library `Engine` for the place of the cache; nowhere else.
@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "jaxserve.cli.talk:add_parsers",
     "chat": "jaxserve.cli.talk:add_parsers",
     "bench": "jaxserve.cli.bench:add_parser",
+    "compile": "jaxserve.cli.compile:add_parser",
     "replay": "jaxserve.cli.replay:add_parser",
     "simulate": "jaxserve.cli.simulate:add_parser",
     "convert": "jaxserve.cli.models:add_parsers",

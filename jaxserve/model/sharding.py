@@ -40,6 +40,16 @@ def parameter_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> 
     return NamedSharding(mesh, PartitionSpec(*([None] * dimension), AXIS))
 
 
+def placed(state: nnx.State[Any, Any], mesh: Mesh | None = None) -> nnx.State[Any, Any]:
+    """A model's abstract parameters with the places that their arrays will have."""
+
+    def put(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where = parameter_sharding(parameter_name(path), leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(put, state)
+
+
 def lay_out(state: nnx.State[Any, Any], mesh: Mesh) -> nnx.State[Any, Any]:
     """A model's parameters over the mesh; those that lie there already stay."""
 

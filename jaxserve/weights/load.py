@@ -37,6 +37,17 @@ class Loaded:
     weights_digest: str
 
 
+def model_config(source: ModelSource) -> ModelConfig:
+    """A model's numbers; reads no weights.
+
+    Raises:
+        WeightsError: its configuration cannot be read.
+    """
+    return (
+        gguf_checkpoint(open_gguf(source.path)).config if source.kind == "gguf" else read_config(source.path)
+    )
+
+
 def load_model(source: ModelSource, *, dtype: str, mesh: Mesh | None = None) -> Loaded:
     """Read a model's weights onto the devices.
 

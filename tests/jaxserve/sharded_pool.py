@@ -17,6 +17,7 @@ from jaxserve.device import Device, Pending, PromptSpan, SlotSetup, join
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.sharding import AXIS, pool_sharding
 from jaxserve.model.transformer import random_model
+from jaxserve.shapes import step_shape
 from jaxserve.weights.load import Loaded
 from kv import pool
 from kv.copies import PointerCopies, ProgramCopies
@@ -235,7 +236,7 @@ def first_heads(mesh: Mesh) -> list[int]:
 
 def program(device: Device) -> dict[str, int]:
     """Of the largest bucket's step, on one of the devices."""
-    compiled: Any = device._compiled[device.buckets[-1]]
+    compiled: Any = device._built[step_shape(device.buckets[-1])].compiled
     lines = compiled.as_text().splitlines()
     sent = [line for line in lines if any(f" {name}(" in line for name in COLLECTIVES)]
     aliased = compiled.memory_analysis().alias_size_in_bytes
@@ -278,13 +279,12 @@ def main() -> None:
     one, four = make(None), make(mesh)
     four.compile()
     alone, sharded = serve(one), serve(four)
-    step_programs: Any = four._programs.step
     seen: dict[str, Any] = {
         "tokens": [alone.tokens, sharded.tokens],
         "world": {"mixed": alone.mixed, "preempted": alone.preempted, "hits": alone.hits},
         "regions": [[(region.address, region.page_bytes) for region in every] for every in sharded.regions],
         "moves": [sharded.changed, four.pool_moves],
-        "compiled later": step_programs._cache_size(),
+        "compiled later": four.compile_misses,
         "farthest": farthest(four, one),
         "program": program(four),
         "first heads of shards": first_heads(Mesh(devices[::-1], (AXIS,))),

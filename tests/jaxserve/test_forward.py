@@ -1,12 +1,14 @@
 """The device programs with a tiny model: chunks, foreign pages, in-place updates, failures."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from jaxserve import sample as sampling
 from jaxserve.batch import Bucket, pack
-from jaxserve.device import Device, PromptSpan, SlotSetup
+from jaxserve.device import Device, Dispatch, PoolMovedError, PromptSpan, SlotSetup
 from jaxserve.forward import Geometry, Programs
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.transformer import random_model
@@ -156,10 +158,11 @@ def device(**changes) -> Device:
         Loaded(config=model, graphdef=graphdef, state=changes.get("weights", weights), weights_digest="tiny"),
         KvSpec(groups=(group,), page_size=PAGE, dtype="float32"),
         num_pages=40,
-        max_num_seqs=SLOTS,
-        max_num_batched_tokens=48,
+        max_num_seqs=changes.get("max_num_seqs", SLOTS),
+        max_num_batched_tokens=changes.get("max_num_batched_tokens", 48),
         max_model_len=64,
         backend="xla",
+        pool_must_stay=changes.get("pool_must_stay", False),
     )
 
 
@@ -179,17 +182,20 @@ def test_a_step_that_fails_is_an_outcome_and_the_next_one_works():
     good = running.wait(running.start(plan_of(rows), [SETUP], []))
     assert good.outcome.error is None and good.sampled is not None
 
-    real = running._programs.step
+    real = running._program
 
-    def lost(weights, pages, slots, packed, *, bucket):
-        real(weights, pages, slots, packed, bucket=bucket)
-        raise RuntimeError("the device fell over")
+    def program(shape):
+        def lost(*arguments):
+            real(shape)(*arguments)
+            raise RuntimeError("the device fell over")
 
-    running._programs.step = lost
+        return lost
+
+    running._program = program
     bad = running.wait(running.start(plan_of(rows), [], []))
     assert bad.outcome.error is not None and "RuntimeError" in bad.outcome.error and bad.sampled is None
     assert "fell over" not in bad.outcome.error, "an exception's text is not for clients"
-    running._programs.step = real
+    running._program = real
     again = running.wait(running.start(plan_of(rows), [SETUP], []))
     assert again.outcome.tokens.tolist() == good.outcome.tokens.tolist()
 
@@ -203,20 +209,74 @@ def test_logits_that_are_no_numbers_are_flagged():
     assert 0 <= done.outcome.tokens[0] < VOCAB
 
 
+def compilations() -> list[str]:
+    """Fills up with what JAX compiles, or reads from its cache, from now on; JAX tells of every one."""
+    names: list[str] = []
+
+    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(kwargs.get("fun_name", event)))
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    return names
+
+
+HELD = list(range(1, 12))
+PENALISED = SamplingParams(temperature=0.0, repetition_penalty=1.3)
+
+
 def test_compiling_ahead_leaves_nothing_to_compile():
-    running, seen = device(), []
-    running.compile(lambda done, total: seen.append(total) or done)
-    assert seen == [len(running.buckets)]
-    rows = one_row(PROMPT, 0, 41, list(range(1, 12)))
-    first = running.wait(running.start(plan_of(rows), [SETUP], []))
-    running.wait(running.start(plan_of(one_row(PROMPT, 40, 1, list(range(1, 12)))), [], []))
-    assert running._programs.step._cache_size() == 0, "what was compiled ahead is what runs"
-    small = running._programs.prompt_logprobs, running._programs.span, running._programs.set_slot
-    before = [program._cache_size() for program in small]
+    """By the device's count, and by JAX's own, which sees programs that are in no plan too."""
+    running, shown = device(), []
+
+    def show(done, total):
+        for shape in done:
+            shown.append((shape, total))
+            yield shape
+
+    built = running.compile(show)
+    assert {shape for shape, _ in shown} == set(running.plan) and {total for _, total in shown} == {
+        len(built)
+    }
+    assert all(each.in_place for each in built)
+    compiled = compilations()
+    penalised = replace(SETUP, sampling=PENALISED)
     span = PromptSpan(slot=0, first_token=0, start=0, targets=PROMPT[1:])
-    running.wait(running.start(plan_of(rows), [SETUP], [span]))
-    assert [program._cache_size() for program in small] == before, "nor do prompt log-probabilities compile"
-    assert running.pool_moves == 0
-    lazy = device()
-    assert lazy.wait(lazy.start(plan_of(rows), [SETUP], [])).outcome.tokens == first.outcome.tokens
-    assert lazy._programs.step._cache_size() == 1
+    first = running.wait(running.start(plan_of(one_row(PROMPT, 0, 41, HELD)), [SETUP], []))
+    running.wait(running.start(plan_of(one_row(PROMPT, 0, 41, HELD)), [penalised], [span]))
+    last = running.wait(running.start(plan_of(one_row(PROMPT, 40, 1, HELD)), [SETUP], []))
+    running.wait(running.start(plan_of(one_row(PROMPT, 0, 7, HELD)), [], [span]))
+    assert compiled == [] and running.compile_misses == 0 and running.pool_moves == 0
+    assert last.dispatch == Dispatch(tokens=2, padding_tokens=1)
+    assert first.dispatch == Dispatch(tokens=48, padding_tokens=7)
+
+
+def test_what_was_not_compiled_ahead_is_compiled_and_counted():
+    ahead, lazy = device(), device()
+    ahead.compile()
+    rows = one_row(PROMPT, 0, 41, HELD)
+    span = PromptSpan(slot=0, first_token=0, start=0, targets=PROMPT[1:])
+    done = lazy.wait(lazy.start(plan_of(rows), [SETUP], [span]))
+    assert done.dispatch.compile_misses == 4 == lazy.compile_misses, "slot, step, rows and log-probabilities"
+    again = lazy.wait(lazy.start(plan_of(rows), [SETUP], [span]))
+    assert again.dispatch.compile_misses == 0 and lazy.compile_misses == 4
+    known = ahead.wait(ahead.start(plan_of(rows), [SETUP], []))
+    assert known.outcome.tokens == done.outcome.tokens
+
+    removed = next(shape for shape in ahead.plan if shape.kind == "decode")
+    del ahead._built[removed]
+    one = one_row(PROMPT, 40, 1, HELD)
+    assert ahead.wait(ahead.start(plan_of(one), [], [])).dispatch.compile_misses == 1
+
+
+def test_a_program_that_copies_the_pages_is_refused_where_peers_write_into_them():
+    """Donation is taken away: such a step gives pages at another address."""
+    running = device(pool_must_stay=True, max_num_seqs=2, max_num_batched_tokens=4)
+    programs = running.blueprint.programs
+    programs.step = jax.jit(programs._step, static_argnames="bucket")
+    with pytest.raises(PoolMovedError, match="copies the whole page buffer"):
+        running.compile()
+    assert running.pool_moves == len(running.buckets) == 2
+    running._pool_must_stay = False
+    built = running.compile()
+    assert {each.in_place for each in built if each.shape.bucket} == {False}

@@ -41,7 +41,7 @@ def prefills(draw: st.DrawFn) -> PrefillStats:
 
 @st.composite
 def steps(draw: st.DrawFn) -> StepRecord:
-    total, queries = draw(few), draw(few)
+    total, queries, dispatched = draw(few), draw(few), draw(few)
     hits = draw(st.lists(st.tuples(st.sampled_from(EXTERNAL_TIERS), few), max_size=3))
     return StepRecord(
         gauges=Gauges(
@@ -60,6 +60,9 @@ def steps(draw: st.DrawFn) -> StepRecord:
         external_queries=sum(tokens for _, tokens in hits) + draw(few),
         external_hits=tuple(hits),
         corrupted=draw(few),
+        dispatched_tokens=dispatched,
+        padding_tokens=draw(st.integers(0, dispatched)),
+        compile_misses=draw(few),
         inter_token_s=np.array(draw(st.lists(seconds, max_size=6)), np.float64),
     )
 
@@ -175,6 +178,11 @@ def test_totals_agree_with_a_recount_of_the_history(history: list[Event]) -> Non
     assert stats.iteration_tokens.count == sum(step.iteration_tokens > 0 for step in ran)
     assert stats.iteration_tokens.sum == sum(step.iteration_tokens for step in ran)
     assert stats.steps.corrupted_requests == sum(step.corrupted for step in ran)
+    assert stats.steps.compile_misses == sum(step.compile_misses for step in ran)
+    tokens, padding = stats.steps.dispatched_tokens, stats.steps.padding_tokens
+    assert tokens == sum(step.dispatched_tokens for step in ran)
+    assert stats.steps.padding_waste == (padding / tokens if tokens else 0.0)
+    assert padding == sum(step.padding_tokens for step in ran)
     assert stats.first_token.count == sum(event.observe is observe_first_token for event in history)
     told = [record for record in ended if record.times and record.max_tokens is not None]
     assert stats.sequences.max_tokens.count == len(told)
@@ -285,6 +293,9 @@ def test_unknown_labels_are_refused() -> None:
         {"generation_tokens": -1},
         {"preemptions": -1},
         {"corrupted": -1},
+        {"compile_misses": -1},
+        {"dispatched_tokens": 4, "padding_tokens": 5},
+        {"dispatched_tokens": 4, "padding_tokens": -1},
         {"prefix_queries": -1},
         {"prefix_queries": 1, "prefix_hits": 2},
         {"prefix_hits": -1},

@@ -64,6 +64,10 @@ EXPECTED = {
     "num_preemptions": COUNTER,
     "preempted_prefill_tokens": COUNTER,
     "corrupted_requests": COUNTER,
+    "compile_misses": COUNTER,
+    "dispatched_tokens": COUNTER,
+    "padding_tokens": COUNTER,
+    "padding_waste_ratio": GAUGE,
     "prompt_tokens": COUNTER,
     "prompt_tokens_by_source": labelled(
         "counter", "source", "local_compute", "local_cache_hit", "external_kv_transfer"
@@ -140,6 +144,9 @@ def busy_stats() -> EngineStats:
         external_queries=68,
         external_hits=(("host", 15), ("p2p", 10)),
         corrupted=16,
+        dispatched_tokens=128,
+        padding_tokens=32,
+        compile_misses=3,
         inter_token_s=np.array([0.02, 0.5]),
     )
     ended = FinishedRecord(
@@ -168,6 +175,10 @@ VALUES: dict[str, float | list[float]] = {
     "num_preemptions": 14,
     "preempted_prefill_tokens": 17,
     "corrupted_requests": 16,
+    "compile_misses": 3,
+    "dispatched_tokens": 128,
+    "padding_tokens": 32,
+    "padding_waste_ratio": 0.25,
     "prompt_tokens": 100,
     "prompt_tokens_by_source": [60, 32, 8],
     "prompt_tokens_cached": 40,
@@ -346,9 +357,9 @@ def test_each_scrape_takes_one_snapshot_and_keeps_nothing() -> None:
 
 
 EXTRA = (
-    Family(name="compile_misses_total", kind="counter", help="Misses.", samples=(Sample(value=3),)),
+    Family(name="draft_misses_total", kind="counter", help="Misses.", samples=(Sample(value=3),)),
     Family(
-        name="padding_waste_ratio",
+        name="draft_waste_ratio",
         kind="gauge",
         help="Waste.",
         label_names=("axis",),
@@ -366,8 +377,8 @@ EXTRA = (
 def test_extra_families_get_the_engine_s_labels() -> None:
     found = shown(one_engine(EMPTY, EXTRA), "jaxserve:")
     labels = {"model_name": "some/model", "engine": "0"}
-    assert value(found, "jaxserve:compile_misses", "_total", **labels) == 3
-    assert value(found, "jaxserve:padding_waste_ratio", axis="tokens", **labels) == 0.5
+    assert value(found, "jaxserve:draft_misses", "_total", **labels) == 3
+    assert value(found, "jaxserve:draft_waste_ratio", axis="tokens", **labels) == 0.5
     assert value(found, "jaxserve:host_gap_seconds", "_bucket", le="1.0", **labels) == 1
     assert value(found, "jaxserve:host_gap_seconds", "_sum", **labels) == 0.5
 
@@ -376,9 +387,9 @@ def test_extra_families_of_several_engines_are_one_family() -> None:
     one = EngineSeries(stats=EMPTY, extra=EXTRA)
     two = EngineSeries(engine="1", stats=EMPTY, extra=EXTRA[:1])
     found = shown(Exposition(model_name="m", engines=(one, two)))
-    assert [s.labels["engine"] for s in found["vllm:compile_misses"].samples] == ["0", "1"]
+    assert [s.labels["engine"] for s in found["vllm:draft_misses"].samples] == ["0", "1"]
     body, _ = render(make_registry(lambda: Exposition(model_name="m", engines=(one, two))))
-    assert body.decode().count("# TYPE vllm:compile_misses_total") == 1
+    assert body.decode().count("# TYPE vllm:draft_misses_total") == 1
     odd = replace(EXTRA[0], kind="gauge")
     three = EngineSeries(engine="2", stats=EMPTY, extra=(odd,))
     with pytest.raises(ValueError, match="disagree"):
