@@ -24,7 +24,6 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxserve.assemble import Parts, assemble
-from jaxserve.batch import Bucket
 from jaxserve.census import PageCensus
 from jaxserve.collect import Collected, Prompt, as_list, pairs
 from jaxserve.config import ConfigError, EngineConfig
@@ -38,6 +37,7 @@ from jaxserve.outputs import (
 )
 from jaxserve.record import RecordFile
 from jaxserve.sample import MAX_LOGPROBS, pack_slot
+from jaxserve.shapes import Shape
 from jaxserve.text import ChatTemplate, TemplatePool, Tokenizer
 from jaxserve.transfer import open_door
 from jaxserve.warn_once import warn_of_roles
@@ -398,14 +398,14 @@ class Engine:
 
     def _compile(self) -> None:
         """Compiles ahead, with a progress bar where somebody looks and a line per shape in a log."""
-        logger.info("compiling %d shapes", len(self._parts.device.buckets))
+        logger.info("compiling %d shapes", len(self._parts.device.plan))
 
-        def show(done: Iterable[Bucket], total: int) -> Iterable[Bucket]:
+        def show(done: Iterable[Shape], total: int) -> Iterable[Shape]:
             bar = tqdm(done, total=total, desc="compiling", unit="shape", disable=not self._progress)
-            for count, bucket in enumerate(bar, 1):
+            for count, shape in enumerate(bar, 1):
                 if not self._progress:
                     logger.info("compiled %d of %d shapes", count, total)
-                yield bucket
+                yield shape
 
         self._parts.device.compile(show)
 
