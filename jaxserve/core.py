@@ -106,9 +106,14 @@ class EngineCore:
         movers.begin(self.inbox.nudge)
 
     @property
+    def working(self) -> bool:
+        """A step is under way."""
+        return self._under_way is not None
+
+    @property
     def idle(self) -> bool:
         """No step is under way and the next one need not be decided at once."""
-        return self._under_way is None and self.pause != 0.0
+        return not self.working and self.pause != 0.0
 
     @property
     def stats(self) -> EngineStats:

@@ -65,7 +65,7 @@ class Clients:
         self.excuses: set[tuple[str, str]] = set()
         self.struck: set[tuple[str, str]] = set()
         self.broken: Broken | None = None
-        self.asking = True
+        self._asks = True
         self.router: SimRouter | None = None
         self._servers: dict[str, SimServer] = {}
         self._lives: dict[str, SimEngine] = {}
@@ -87,6 +87,15 @@ class Clients:
         for client in range(many):
             self._later(client)
 
+    @property
+    def asking(self) -> bool:
+        """Somebody still wants something: clients go on asking, or wait for the router."""
+        return self._asks or (self.router is not None and bool(self.router.journeys))
+
+    @asking.setter
+    def asking(self, asks: bool) -> None:
+        self._asks = asks
+
     def connection_lost(self, engine: SimEngine) -> None:
         """An engine has died: its clients learn it."""
         for ask in [ask for ask in self.asks.values() if ask.engine is engine]:
@@ -98,12 +107,12 @@ class Clients:
                 self._clockwork.after(TRAVEL_S, label, lambda ask=ask: ask.hear(None))
 
     def _later(self, client: int) -> None:
-        if self.asking:
+        if self._asks:
             pause = self._clockwork.chance.expovariate(1.0 / self._habits.think_s)
             self._clockwork.after(pause, f"client {client}", lambda: self._ask(client))
 
     def _ask(self, client: int) -> None:
-        if not self.asking:
+        if not self._asks:
             return
         prompt, sampling, salt, priority = self._habits.draw(self._clockwork)
 
@@ -207,6 +216,11 @@ class Clients:
         ask.deaf = True
         if ask.engine.alive and not ask.over:
             self.abort(ask)
+
+    @property
+    def patient(self) -> bool:
+        """See `Network`."""
+        return not self._asks
 
     def health(self, host: str) -> str:
         """See `Network`."""
@@ -349,9 +363,9 @@ class Clients:
 
 
 class _Pair:
-    """`jaxserve.sim.router.Network` of two lives, whatever comes after them. Attributes: asking: never."""
+    """`jaxserve.sim.router.Network` of two lives, whatever comes after them."""
 
-    asking = False
+    patient = True
 
     def __init__(self, clients: Clients, lives: dict[str, SimEngine]) -> None:
         self._clients, self._lives = clients, lives

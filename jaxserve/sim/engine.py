@@ -278,7 +278,7 @@ class SimEngine:
         self._timer, self._computing = None, False
         core.turn(core.inbox.collect(block=False))
         self._look_whether_drained()
-        if self.plan is not None and len(self.plan.rows):
+        if core.working and self.plan is not None:
             self._computing = True
             self._turn_in(weather.step_seconds(self, self.plan), "step done")
         elif not core.idle or core.inbox.has_news:

@@ -45,8 +45,10 @@ TRAVEL_S = 0.001
 class Network(Protocol):
     """How a router reaches servers; in a simulation, `jaxserve.sim.clients.Clients`."""
 
-    asking: bool
-    """Faults may still strike; else what was begun must come to its end."""
+    @property
+    def patient(self) -> bool:
+        """No time is too long: what was begun must come to its end by itself."""
+        ...
 
     def post(self, host: str, body: bytes, hear: Hear, *, stream: bool, request_id: str | None) -> Ask | None:
         """A request to a server; None: it was not taken, and `hear` is told so."""
@@ -220,7 +222,7 @@ class SimRouter:
             left = heard + patience - self._clockwork.now
             if left > 1e-6:
                 self._arm(journey, patience, left)
-            elif self._network.asking:
+            elif not self._network.patient:
                 self._give_up(journey, Failure.LATE)
 
         journey.timer = self._clockwork.after(wait, "a router waits", look)
