@@ -28,6 +28,8 @@ from scheduler.types import FinishReason, Inputs, Plan, Request, SamplingParams
 NOT_NUMBERS = "the model gave logits that are not numbers"
 REFUSALS_S = 0.5
 """After a refusal a client waits about so long."""
+OUTAGES_S = 2.0
+"""After an error of the router, which has tried what there is."""
 TRAVEL_S = 0.001
 """Of an answer."""
 BEGUN = Reply(status=200, over=False)
@@ -120,7 +122,7 @@ class Clients:
             self._later(client)
 
         def answered(ok: bool) -> None:
-            pause = 0.0 if ok else chance.expovariate(1.0 / REFUSALS_S)
+            pause = 0.0 if ok else chance.expovariate(1.0 / OUTAGES_S)
             self._clockwork.after(pause, f"client {client} is told", lambda: self._later(client))
 
         chance = self._clockwork.chance
