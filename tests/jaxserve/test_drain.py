@@ -1,11 +1,23 @@
 """An engine that ends: what it took in is served, what it promised is kept, and all of it in bounded time."""
 
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve import Engine
 from jaxserve.drain import GRAIN_S, LEASE_LOOK_S, TELL_S, AbortAll, Await, Close, Drain
+from jaxserve.loop import EngineLoop
+from jaxserve.outputs import Delta, EngineError
+from jaxserve.sim.device import SimDevice, StepFate
+from jaxserve.sim.expect import SimTokenizer
+from jaxserve.sim.hash_model import HashModel
+from scheduler.types import FinishReason, Limits, Request, SamplingParams, SchedulerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,3 +95,76 @@ def test_what_cannot_even_be_told_ends_too():
     assert drain.look(7.0, live=1, leases=0) == AbortAll()
     assert drain.ends_by == 7.0 + TELL_S
     assert drain.look(drain.ends_by, live=1, leases=0) == Close()
+
+
+class Gated(SimDevice):
+    """A device whose steps end when they may."""
+
+    def __init__(self, may_end: Callable[[], bool]) -> None:
+        super().__init__(model=HashModel(), num_pages=40, page_size=4, fill=bytes, fate=StepFate)
+        self._may_end = may_end
+
+    def wait(self, pending):
+        while not self._may_end():
+            time.sleep(0.001)
+        return super().wait(pending)
+
+
+@pytest.fixture
+def draining() -> Generator[Callable[[Callable[[EngineLoop], bool]], tuple[Engine, list[Delta]]]]:
+    """Starts an engine's loop over a simulated device, and a request in it."""
+    loops: list[EngineLoop] = []
+
+    def start(may_end: Callable[[EngineLoop], bool]) -> tuple[Engine, list[Delta]]:
+        config = SchedulerConfig(page_size=4, num_pages=40, max_num_seqs=4, max_model_len=48)
+        limits = Limits(max_num_batched_tokens=16, max_num_seqs=4)
+        device = Gated(lambda: may_end(loops[0]))
+        loops.append(EngineLoop(config, limits, device, SimTokenizer(), max_num_queued_reqs=4))
+        engine, deltas = Engine.__new__(Engine), list[Delta]()
+        engine._loop = loops[0]
+        engine._loop.submit(request(), deltas.append)
+        return engine, deltas
+
+    yield start
+    loops[0].close()
+
+
+def request() -> Request:
+    sampling = SamplingParams(max_tokens=30, temperature=0.0, seed=1, ignore_eos=True)
+    return Request(request_id="one", prompt_token_ids=(1, 2, 3), sampling=sampling)
+
+
+def test_an_engine_finishes_what_it_took_in_and_takes_nothing_more(draining):
+    shut = threading.Event()
+    engine, deltas = draining(lambda loop: shut.is_set())
+
+    async def drain() -> None:
+        ending = asyncio.create_task(engine.drain(120.0))
+        while True:
+            try:
+                engine._loop.submit(request(), deltas.append)
+            except EngineError as refusal:
+                if "not running" in str(refusal):
+                    break
+            await asyncio.sleep(0)
+        shut.set()
+        await ending
+
+    asyncio.run(drain())
+    assert deltas[-1].finish_reason is FinishReason.LENGTH
+    assert sum(len(delta.token_ids) for delta in deltas) == 30
+
+
+def test_an_engine_whose_time_is_over_aborts_and_tells(draining):
+    """Its first step ends only once something has arrived, which is the abort."""
+    arrived = threading.Event()
+
+    def may_end(loop: EngineLoop) -> bool:
+        if loop.inbox.has_news:
+            arrived.set()
+        return arrived.is_set()
+
+    engine, deltas = draining(may_end)
+    asyncio.run(engine.drain(0.05))
+    assert deltas[-1].finish_reason is FinishReason.ABORT
+    assert not engine._loop.inbox.num_live
