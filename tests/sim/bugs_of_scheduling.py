@@ -335,7 +335,7 @@ SCHEDULING = (
         comes_from="SGLang 9266",
         failure="F28",
         what="a request that ends before it ran keeps its place in the queue",
-        laws=("I12",),
+        laws=("I12", "I18"),
         swaps=(Swap(where=Inbox, name="forget", wrong=_keeps_place_in_queue),),
     ),
 )
