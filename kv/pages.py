@@ -129,10 +129,11 @@ class Pages:
         Raises:
             ValueError: nobody holds the page.
         """
-        if self.refs[page] <= 0:
+        holders = self.refs.item(page)
+        if holders <= 0:
             raise ValueError(f"page {page} is released but nobody holds it")
-        self.refs[page] -= 1
-        if self.refs[page] == 0:
+        self.refs[page] = holders - 1
+        if holders == 1:
             if page in self._borrowed:
                 self._borrowed.discard(page)
             elif self._cached[page]:

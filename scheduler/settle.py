@@ -14,7 +14,7 @@ from scheduler.loads import drop_fetch, let_peer_go
 from scheduler.moves import pool_lost, settle_events
 from scheduler.preempt import preempt
 from scheduler.state import InFlight, SchedulerState, Sequence, Status, push_waiting, vacate
-from scheduler.stores import offer_pages
+from scheduler.stores import Table, offer_pages
 from scheduler.types import Accepted, Finished, FinishReason, Outcome, Preempted, Prefilled, Stop
 
 EMPTY = np.zeros(0, np.int32)
@@ -179,7 +179,7 @@ def _publish(state: SchedulerState, slots: np.ndarray) -> None:
                 if page != DUMMY_PAGE and state.prefix.insert(group, name, page):
                     state.pages.mark_cached(page)
         if state.connector is not None:
-            tables = [table[slot, :now].tolist() for table in columns.page_tables]
+            tables = [Table(table[slot, :now]) for table in columns.page_tables]
             offer_pages(state, sequence, tables, done, now)
 
 

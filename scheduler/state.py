@@ -291,8 +291,8 @@ def vacate(state: SchedulerState, sequence: Sequence) -> None:
         raise ValueError(f"sequence {sequence.request.request_id}/{sequence.index} has no slot")
     columns = state.columns
     for table, first in zip(columns.page_tables, columns.first_page, strict=True):
-        for entry in range(int(columns.num_pages[slot]) - 1, int(first[slot]) - 1, -1):
-            state.pages.release(int(table[slot, entry]))
+        for page in table[slot, first[slot] : columns.num_pages[slot]][::-1].tolist():
+            state.pages.release(page)
         table[slot, : columns.num_pages[slot]] = DUMMY_PAGE
         first[slot] = 0
     columns.num_pages[slot] = 0

@@ -1,5 +1,10 @@
 """Pages that connectors copy out of the pool."""
 
+from collections.abc import Sequence as List
+from typing import overload
+
+import numpy as np
+
 from kv.connectors.base import FullPages, StoreOrder
 from kv.ledger import Kind, Row
 from kv.moves import Store
@@ -12,16 +17,55 @@ FREE_IS_PLENTY = 64
 """Free pages with which nothing is about to be evicted."""
 
 
+class Names(List[bytes]):
+    """Names of a sequence's leading pages, not copied: its list of names only grows, behind the root's."""
+
+    __slots__ = ("_count", "_names")
+
+    def __init__(self, names: list[bytes], count: int) -> None:
+        self._names, self._count = names, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        places = range(1, self._count + 1)[index]
+        return self._names[places] if isinstance(places, int) else [self._names[place] for place in places]
+
+
+class Table(List[int]):
+    """A row of a page table, not copied: what is read of it becomes plain integers."""
+
+    __slots__ = ("_row",)
+
+    def __init__(self, row: np.ndarray) -> None:
+        self._row = row
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._row[index].tolist()
+
+
 def offer_pages(
-    state: SchedulerState, sequence: Sequence, tables: list[list[int]], first: int, last: int
+    state: SchedulerState, sequence: Sequence, tables: List[List[int]], first: int, last: int
 ) -> None:
     """Offers pages that became full and computed to the connectors."""
     if state.connector is None or last <= first:
         return
     full = FullPages(
         request_id=sequence.request.request_id,
-        names=sequence.names[1 : last + 1],
-        tables=tuple(map(tuple, tables)),
+        names=Names(sequence.names, last),
+        tables=tables,
         first=first,
         last=last,
         num_prompt_tokens=len(sequence.request.prompt_token_ids),

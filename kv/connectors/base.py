@@ -67,15 +67,16 @@ class FullPages:
     """Pages of a sequence that became full and computed, or were found cached at admission (then not new).
 
     Attributes:
-        names: of its whole pages from the first on, at least `last`.
+        names: of its whole pages from the first on, at least `last`. May be kept.
         tables: per group, page ids of its leading pages; `DUMMY_PAGE` where the window has left one behind.
+            Not to be kept: they mean something only during the call.
         first, last: positions `[first, last)` of the newly full pages.
         num_prompt_tokens: of its request.
     """
 
     request_id: str
     names: Sequence[bytes]
-    tables: PageLists
+    tables: Sequence[Sequence[int]]
     first: int
     last: int
     num_prompt_tokens: int
