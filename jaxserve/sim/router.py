@@ -40,6 +40,8 @@ from jaxserve.sim.server import Reply
 SCHEME = "http://"
 TRAVEL_S = 0.001
 """Of a health check and its answer."""
+CALMEST = 6
+"""After so many good checks in a row the next one is 64 intervals later: events are dearer here than time."""
 
 
 class Network(Protocol):
@@ -240,18 +242,19 @@ class SimRouter:
     def _matters(self, backend: Backend) -> bool:
         return not backend.healthy or any(journey.backend is backend for journey in self.journeys)
 
-    def _probe_later(self, backend: Backend) -> None:
+    def _probe_later(self, backend: Backend, well_so_far: int = 0) -> None:
         def probe() -> None:
             self._probe(backend, probed)
 
         def probed(well: bool) -> None:
             if self._matters(backend):
-                self._probe_later(backend)
+                self._probe_later(backend, well_so_far + 1 if well else 0)
             else:
                 self._watched.remove(backend)
 
         if self._options is not None:
-            self._clockwork.after(self._options.probe_interval_s, f"router looks at {backend.url}", probe)
+            wait = self._options.probe_interval_s * 2 ** min(well_so_far, CALMEST)
+            self._clockwork.after(wait, f"router looks at {backend.url}", probe)
 
     def _probe(self, backend: Backend, told: Callable[[bool], None]) -> None:
         """One health check."""

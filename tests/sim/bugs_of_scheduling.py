@@ -292,7 +292,7 @@ SCHEDULING = (
         comes_from="vLLM 52627",
         failure="F2",
         what="a sliding window gives its last page back one token too early",
-        laws=("I4", "I14"),
+        laws=("I4", "I7", "I14"),
         swaps=(Swap(where=scheduler.fill, name="leave_window", wrong=_leaves_window_early),),
     ),
     Planted(
