@@ -159,6 +159,46 @@ def open_door(
     return door, movers
 
 
+def facts_of(
+    leaf: ConnectorConfig,
+    *,
+    engine_id: str,
+    epoch: str,
+    cache_key: str,
+    dtype: str,
+    page_shape: tuple[int, int, int, int, int],
+    item_bytes: int,
+) -> EngineFacts:
+    """What peers must agree on with this engine.
+
+    Args:
+        leaf: its NixlConnector.
+        engine_id, epoch: its name, and that of this life.
+        cache_key: of its model.
+        page_shape: layers, keys and values, heads, page size, width of a head.
+    """
+    layers, _, heads, size, head_dim = page_shape
+    compat = CompatFacts(
+        protocol=PROTOCOL,
+        cache_key=cache_key,
+        dtype=dtype,
+        page_shape=(layers, 2, heads, head_dim),
+        num_layers=layers,
+        kv_heads=heads,
+        head_dim=head_dim,
+        digest=DIGEST_NAME,
+    )
+    return EngineFacts(
+        engine_id=engine_id,
+        epoch=epoch,
+        page_size=size,
+        page_shape=page_shape,
+        item_bytes=item_bytes,
+        compat=compat_hash(compat),
+        role=leaf.role,
+    )
+
+
 def page_copies(device: Device) -> PageCopies:
     """How drivers reach pages: by address in host memory, else through programs between the steps."""
     regions = device.regions()
@@ -178,25 +218,14 @@ def _nixl(
     key: bytes,
 ) -> tuple[NixlDriver, Identity]:
     """The NIXL driver, and how its engine is named to peers."""
-    layers, _, heads, size, head_dim = spec.page_shape
-    compat = CompatFacts(
-        protocol=PROTOCOL,
-        cache_key=scheduler.cache_key,
-        dtype=spec.dtype,
-        page_shape=(layers, 2, heads, head_dim),
-        num_layers=layers,
-        kv_heads=heads,
-        head_dim=head_dim,
-        digest=DIGEST_NAME,
-    )
-    facts = EngineFacts(
+    facts = facts_of(
+        leaf,
         engine_id=leaf.engine_id or secrets.token_hex(16),
         epoch=secrets.token_hex(16),
-        page_size=size,
+        cache_key=scheduler.cache_key,
+        dtype=spec.dtype,
         page_shape=spec.page_shape,
         item_bytes=ITEM_BYTES[spec.dtype],
-        compat=compat_hash(compat),
-        role=leaf.role,
     )
     host = config.side_channel_host
     listens = leaf.role != CONSUMER
@@ -231,7 +260,7 @@ def _nixl(
         host=host,
         port=channels[0].port or 0,
         tp_size=1,
-        page_size=size,
+        page_size=facts.page_size,
     )
     if listens:
         logger.info("NIXL side channel on %s:%d, role %s", host, identity.port, leaf.role)

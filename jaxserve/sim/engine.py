@@ -19,20 +19,18 @@ from jaxserve.sim.clockwork import Clockwork, Timer
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
 from jaxserve.sim.wire import SimChannel, SimWire
 from jaxserve.text import Tokenizer
-from jaxserve.transfer import Door
+from jaxserve.transfer import Door, facts_of
 from kv.config import CONSUMER, NIXL, ConnectorConfig
 from kv.copies import PointerCopies
-from kv.digest import DIGEST_NAME, digest_rows
+from kv.digest import digest_rows
 from kv.driver import Driver, PageCopies, Region
 from kv.host import HostDriver
 from kv.moves import Command, Event
 from kv.ranks import Ranks
-from kv.seal import CompatFacts, Identity, compat_hash
+from kv.seal import Identity
 from kv.transfer_agent import Agent, AgentError
 from kv.transfer_desk import Desk
-from kv.transfer_plan import EngineFacts
 from kv.transfers import Transfers
-from kv.wire import PROTOCOL
 from scheduler.types import Inputs, Limits, Plan, Request, SchedulerConfig
 
 LOOKS_S = 0.2
@@ -340,25 +338,14 @@ class SimEngine:
 
     def _rounds(self, leaf: ConnectorConfig, rank: int, region: Region) -> "RoundDriver":
         node = self.node
-        layers, _, heads, size, head_dim = node.page_shape
-        compat = CompatFacts(
-            protocol=PROTOCOL,
-            cache_key=node.scheduler.cache_key,
-            dtype="uint16",
-            page_shape=(layers, 2, heads, head_dim),
-            num_layers=layers,
-            kv_heads=heads,
-            head_dim=head_dim,
-            digest=DIGEST_NAME,
-        )
-        facts = EngineFacts(
+        facts = facts_of(
+            leaf,
             engine_id=node.engine_id,
             epoch=self.epoch,
-            page_size=size,
+            cache_key=node.scheduler.cache_key,
+            dtype="uint16",
             page_shape=node.page_shape,
             item_bytes=node.item_bytes,
-            compat=compat_hash(compat),
-            role=leaf.role,
         )
         port = None if leaf.role == CONSUMER else node.port + rank
         rounds = RoundDriver(self, rank)
