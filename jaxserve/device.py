@@ -6,7 +6,6 @@ Nothing is decided here. An execution that fails is an outcome with an error, ne
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,8 @@ from jax.sharding import Mesh
 
 from jaxserve.batch import Bucket, choose, pack
 from jaxserve.compiling import Built, Progress, abstract, build, build_all, draw_up
+from jaxserve.config import ConfigError
+from jaxserve.dispatch import Dispatch, Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.model.sharding import copied, lay_out, pool_sharding
 from jaxserve.sample import Sampled, SlotState, init_slots, pack_slot, unpack_sampled
 from jaxserve.shapes import (
@@ -37,86 +38,8 @@ from scheduler.types import Outcome, Plan, Rows, SamplingParams
 logger = logging.getLogger("jaxserve")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SlotSetup:
-    """A sequence that got a slot.
-
-    Attributes:
-        sampling: its parameters, seed resolved.
-        stop_token_ids: ids that min_tokens keeps back.
-        tokens: int32, prompt and output so far.
-        num_prompt: how many of them are prompt.
-    """
-
-    slot: int
-    sampling: SamplingParams
-    seed: int
-    stop_token_ids: tuple[int, ...]
-    tokens: np.ndarray
-    num_prompt: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PromptSpan:
-    """A row whose prompt positions' log-probabilities are wanted in this step.
-
-    Attributes:
-        first_token: index in the batch of the row's first token.
-        start: prompt position of that token.
-        targets: int32, the prompt tokens that follow the row's tokens.
-    """
-
-    slot: int
-    first_token: int
-    start: int
-    targets: np.ndarray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dispatch:
-    """What starting a step took.
-
-    Attributes:
-        tokens: that the device was given, padding among them; 0: nothing was started.
-        padding_tokens: of these, those of no row.
-        compile_misses: programs that were compiled for it because they were not compiled ahead.
-    """
-
-    tokens: int = 0
-    padding_tokens: int = 0
-    compile_misses: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Pending:
-    """A step under way, or one that could not be started."""
-
-    step_id: int
-    rows: int
-    sampled: jax.Array | None
-    spans: tuple[tuple[PromptSpan, tuple[jax.Array, ...]], ...] = ()
-    dispatch: Dispatch = Dispatch()
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Executed:
-    """A step that is done.
-
-    Attributes:
-        sampled: one entry per row of the plan; None where the step failed.
-        spans: per prompt span, its log-probabilities, one entry per target.
-        dispatch: what starting it took.
-    """
-
-    outcome: Outcome
-    sampled: Sampled | None
-    spans: tuple[tuple[PromptSpan, Sampled], ...] = ()
-    dispatch: Dispatch = Dispatch()
-
-
-class PoolMovedError(RuntimeError):
-    """A step's program copies the page buffer, into which peers or host tiers write."""
+class PoolMovedError(ConfigError):
+    """A step's program copies the page buffer, into which configured peers or host tiers write."""
 
 
 NO_ROWS = Rows(
@@ -208,7 +131,9 @@ class Device:
         for shape in dict.fromkeys(copying):
             said = f"the step of {shape.tokens} tokens in {shape.rows} rows copies the whole page buffer"
             if self._pool_must_stay:
-                raise PoolMovedError(f"{said}: what a peer writes meanwhile would be lost")
+                raise PoolMovedError(
+                    f"--kv-transfer-config: {said}; what a peer writes meanwhile would be lost"
+                )
             logger.warning("%s", said)
         return tuple(self._built.values())
 
