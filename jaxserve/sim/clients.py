@@ -26,7 +26,7 @@ from kv.moves import LOAD_FAILED
 from scheduler.types import FinishReason, Inputs, Plan, Request, SamplingParams
 
 NOT_NUMBERS = "the model gave logits that are not numbers"
-REFUSALS_S = 0.5
+REFUSALS_S = 3.0
 """After a refusal a client waits about so long."""
 OUTAGES_S = 2.0
 """After an error of the router, which has tried what there is."""
@@ -42,7 +42,7 @@ class Clients:
     """Attributes:
     asks: live requests by id.
     counts: what became of requests.
-    excuses: (epoch, why) of faults after which an engine may fail a request.
+    excuses: (epoch, why) of faults that may fail a request of an engine now.
     struck: (request, message) of requests that a failed step, or a row without numbers, has ended.
     router: that some of the requests go through; None: none does.
     broken: the first law that an answer has broken; the engine would swallow it.
@@ -358,9 +358,9 @@ class Clients:
         if message == LOAD_FAILED:
             return transfer is not None and transfer.failure_policy == "fail"
         if message == "the engine has stopped":
-            return (epoch, "closed") in self.excuses
+            return ask.engine.has_aborted
         if message == "the request failed":
-            return ("", "tokenizer") in self.excuses
+            return (epoch, "tokenizer") in self.excuses
         return (ask.request.request_id, message) in self.struck
 
 

@@ -85,6 +85,16 @@ class Clockwork:
             else:
                 self._held.append(timer)
 
+    @property
+    def coming_s(self) -> float:
+        """Until the last event of a living owner that is known now."""
+        coming = [
+            at
+            for at, _, timer in self._queue
+            if timer.owner is not None and timer.owner.alive and not timer.cancelled
+        ]
+        return max(coming, default=self.now) - self.now
+
     def note(self, what: str) -> None:
         """Enters something in the trace."""
         self._trace.update(f"{self.now!r} {what}\n".encode())

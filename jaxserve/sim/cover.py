@@ -1,9 +1,16 @@
-"""Which faults met which requests: "sometimes" counters, added up over many worlds."""
+"""Which faults met which requests: "sometimes" counters, added up over many worlds.
+
+A fault meets a request in the state in which it is when the fault strikes its host. What lasts meets it once
+more in every state that it comes to before the fault is over: once per fault, request and state, however
+long all three stay together.
+"""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import inf
 
 from jaxserve.sim.engine import SimEngine
+from kv.moves import Lease
 from scheduler.state import Sequence, Status
 
 STATES = ("waiting", "loading", "fetched", "prefilling", "decoding", "preempted", "leased")
@@ -13,17 +20,105 @@ its prompt; generating; preempted and waiting; over, its pages leased to a peer.
 RARE = ("fetched", "preempted")
 """States that are seldom reached: faults look for them."""
 
+HARMLESS = frozenset(("X6", "X23", "X24", "X33", "X35", "X36", "X37", "X39", "X42", "X46"))
+"""Faults after which no load may fail."""
+
 Met = Counter[tuple[str, str]]
 """(fault, state) -> how often."""
 
+Found = tuple[str, str, int, str]
+"""(epoch, request, index of the sequence, state); a lease has index -1."""
 
-def states(engine: SimEngine) -> Iterator[str]:
-    """The state of every request of an engine."""
-    state = engine.core.state
-    for sequence in state.sequences.values():
-        yield _state(sequence)
-    for _ in range(state.ledger.num_leases):
-        yield "leased"
+
+class Spell:
+    """A fault that lasts. Attributes: hosts: whose requests it concerns; seen: those that it has met."""
+
+    def __init__(self, fault: str, hosts: Iterable[str]) -> None:
+        self.fault, self.hosts = fault, tuple(dict.fromkeys(hosts))
+        self.seen: set[Found] = set()
+
+
+class Cover:
+    """Attributes: met: what has been counted.
+
+    It looks at an engine's requests when a step has been decided: they change their states at no other time.
+    """
+
+    def __init__(self, engines: Mapping[str, SimEngine], clock: Callable[[], float]) -> None:
+        """Args: engines: the current lives by host; looked at, never changed."""
+        self.met: Met = Counter()
+        self._engines, self._clock = engines, clock
+        self._last: dict[str, float] = {}
+        self._present: dict[str, frozenset[Found]] = {}
+        self._lasting: dict[str, list[Spell]] = {}
+
+    def strike(self, fault: str, hosts: Iterable[str]) -> None:
+        """A fault strikes these hosts, now and no longer."""
+        for host in dict.fromkeys(hosts):
+            self._note(fault, host)
+            self.met.update((fault, found[-1]) for found in self._here(host))
+
+    def begin(self, fault: str, hosts: Iterable[str]) -> Spell:
+        """A fault strikes these hosts, and stays."""
+        spell = Spell(fault, hosts)
+        for host in spell.hosts:
+            self._lasting.setdefault(host, []).append(spell)
+            self.meet(spell, host)
+        return spell
+
+    def end(self, spell: Spell) -> None:
+        """It is over; nothing if it was before."""
+        for host in spell.hosts:
+            if spell in self._lasting[host]:
+                self._lasting[host].remove(spell)
+                self._note(spell.fault, host)
+
+    def meet(self, spell: Spell, host: str) -> None:
+        """Counts whom a lasting fault meets on a host and has not met before."""
+        new = self._here(host) - spell.seen
+        if new:
+            spell.seen |= new
+            self.met.update((spell.fault, found[-1]) for found in new)
+
+    def turned(self, engine: SimEngine) -> bool:
+        """A step of an engine has been decided. Returns whether one of its requests is in a rare state."""
+        found = frozenset(requests(engine))
+        self._present[engine.host] = found
+        for spell in self._lasting.get(engine.host, ()):
+            self.meet(spell, engine.host)
+        return any(entry[-1] in RARE for entry in found)
+
+    def forget(self, host: str) -> None:
+        """A life of a host has begun: it has no requests."""
+        self._present.pop(host, None)
+
+    def touched(self, hosts: Iterable[str], since: float) -> bool:
+        """Whether a fault that can make a load fail has struck one of these hosts since then, or lasts."""
+        return any(
+            self._last.get(host, -inf) >= since
+            or any(spell.fault not in HARMLESS for spell in self._lasting.get(host, ()))
+            for host in hosts
+        )
+
+    def _note(self, fault: str, host: str) -> None:
+        if fault not in HARMLESS:
+            self._last[host] = self._clock()
+
+    def _here(self, host: str) -> frozenset[Found]:
+        engine = self._engines.get(host)
+        if engine is None or not engine.alive:
+            return frozenset()
+        return self._present.get(host, frozenset())
+
+
+def requests(engine: SimEngine) -> Iterator[Found]:
+    """Every request of an engine, with its state."""
+    state, epoch = engine.core.state, engine.epoch
+    for (request_id, index), sequence in state.sequences.items():
+        yield epoch, request_id, index, _state(sequence)
+    for row in state.ledger.leases():
+        if isinstance(row.move, Lease):
+            yield epoch, row.move.request_id, -1, "leased"
 
 
 def _state(sequence: Sequence) -> str:

@@ -3,14 +3,23 @@
 from dataclasses import replace
 from random import Random
 
-from jaxserve.sim.clients import Habits
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.engine import Node
 from jaxserve.sim.faults import draw_rates
+from jaxserve.sim.habits import Habits
 from jaxserve.sim.hash_model import END, HEAD_DIM, HEADS, ITEM, LAYERS, HashModel
-from jaxserve.sim.world import Setup
+from jaxserve.sim.setup import Setup
 from kv.config import BOTH, CONSUMER, MULTI, NIXL, OFFLOADING, PRODUCER, SIMPLE_CPU, ConnectorConfig
 from scheduler.types import Limits, SchedulerConfig
+
+KINDS = ("plain", "plain", "crowded", "mesh", "mesh", "thrashing", "thrashing")
+"""Of worlds: in crowded ones and in meshes requests wait with fetched pages, in thrashing ones they are
+preempted. The engines of a mesh lend and borrow at the same time."""
+
+SHARES = (0.2, 0.4, 0.7)
+"""Of all faults, those that a plain world has."""
+MILD = (0.1, 0.2, 0.3)
+"""Those that others have: under more, requests do not come as far as they are meant to there."""
 
 
 def draw(clockwork: Clockwork) -> Setup:
@@ -21,29 +30,33 @@ def draw(clockwork: Clockwork) -> Setup:
     plain = model.ranks == 1 and len(windows) == 1
     page_size = chance.choice((2, 4, 4, 8))
     larger = plain and chance.random() < 0.25
-    max_model_len = chance.choice((48, 64, 96))
     timing = {
         "lease_s": chance.choice((1.0, 5.0, 30.0)),
         "transfer_timeout_s": chance.choice((1.0, 5.0, 30.0)),
         "failure_policy": chance.choice(("recompute", "recompute", "fail")),
         "digest": chance.random() < 0.85,
     }
-    kind = chance.choice(("plain", "plain", "crowded", "thrashing"))
-    tiny = kind == "thrashing" or chance.random() < 0.4
+    kind = chance.choice(KINDS)
+    max_model_len = 48 if kind == "thrashing" else chance.choice((48, 64, 96))
+    tiny = kind == "thrashing" or chance.random() < {"plain": 0.4}.get(kind, 0.1)
     one_name = chance.random() < 0.2
     digest_host = chance.random() < 0.7
     prefill = tuple(f"p{number}" for number in range(chance.choice((1, 1, 2))))
     decode = tuple(f"d{number}" for number in range(chance.choice((1, 1, 2))))
+    if kind == "mesh":
+        both = ("m0", "m1")[: chance.choice((1, 1, 2))]
+        prefill, decode = ("p0", *both), (*both, "d0")
     alone = ("a0",) if chance.random() < 0.2 else ()
-    full = False
+    full: list[str] = []
     nodes = []
-    for name in (*prefill, *decode, *alone):
-        role = PRODUCER if name in prefill else CONSUMER if name in decode else BOTH
+    for name in dict.fromkeys((*prefill, *decode, *alone)):
+        ways = (PRODUCER if name in prefill else None, CONSUMER if name in decode else None)
+        role = next((way for way in ways if way is not None and None in ways), BOTH)
         size = 2 * page_size if larger and name in decode else page_size
         fits = -(-max_model_len // size) * len(windows) + 2
         num_pages = fits + chance.randint(0, 3) if tiny else fits + chance.randint(0, max(0, 63 - fits))
         transfer, crowded = _transfer(chance, role, name in alone, num_pages, timing, digest_host, kind)
-        full = full or crowded
+        full += [name] if crowded else []
         nodes.append(
             Node(
                 name=name,
@@ -63,7 +76,7 @@ def draw(clockwork: Clockwork) -> Setup:
                 ranks=model.ranks,
                 page_shape=(LAYERS, 2, HEADS, size, HEAD_DIM),
                 item_bytes=ITEM,
-                max_num_queued_reqs=chance.choice((4, 16, 64)),
+                max_num_queued_reqs=chance.choice((4, 16, 64) if kind == "plain" else (16, 64)),
             )
         )
         seqs = nodes[-1].scheduler.max_num_seqs
@@ -72,15 +85,18 @@ def draw(clockwork: Clockwork) -> Setup:
         nodes[-1] = replace(nodes[-1], limits=limits)
     undigested = ("X17", "X18") if not timing["digest"] else ()
     drift = chance.random() < 0.3
-    lasting = (*(("X6",) if one_name and len(prefill) > 1 else ()), *(("X39",) if drift else ()))
-    lasting = (*lasting, *(("X23",) if tiny else ()), *(("X24",) if full else ()))
+    everywhere = tuple(node.name for node in nodes)
+    lasting = [("X6", tuple(dict.fromkeys((*prefill, *decode))))] if one_name and len(prefill) > 1 else []
+    lasting += [("X39", everywhere)] if drift else []
+    lasting += [("X23", everywhere)] if tiny else []
+    lasting += [("X24", (name,)) for name in full]
     return Setup(
         model=model,
         nodes=tuple(nodes),
         prefill=prefill,
         decode=decode,
-        rates=draw_rates(clockwork, chance.choice((0.2, 0.4, 0.7)), without=undigested),
-        lasting=lasting,
+        rates=draw_rates(clockwork, chance.choice(SHARES if kind == "plain" else MILD), without=undigested),
+        lasting=tuple(lasting),
         habits=_habits(chance, kind, max_model_len),
         num_clients=chance.choice((3, 8, 16) if kind == "plain" else (12, 20)),
         offsets={node.name: chance.uniform(0.0, 3600.0) for node in nodes},
@@ -92,20 +108,20 @@ def _seqs(chance: Random, kind: str, role: str) -> int:
     """Slots: one makes fetched requests wait, many of them use up a tiny pool."""
     if kind == "thrashing":
         return chance.choice((4, 6))
-    if kind == "crowded":
-        return 1 if role == CONSUMER else chance.choice((1, 2))
+    if kind in ("crowded", "mesh"):
+        return chance.choice((4, 6)) if role == PRODUCER else chance.choice((1, 1, 2))
     return chance.choice((1, 2, 4, 6))
 
 
 def _habits(chance: Random, kind: str, max_model_len: int) -> Habits:
-    most = chance.choice((4, 16, 24) if kind == "plain" else (24, 32))
-    longest = chance.choice((8, 12)) if kind == "thrashing" else max_model_len - most - 1
+    most = chance.choice({"plain": (4, 16, 24), "thrashing": (28, 35)}.get(kind, (8, 16)))
+    longest = chance.choice((8, 12)) if kind != "plain" else max_model_len - most - 1
     return Habits(
         documents=tuple(
             tuple(chance.randrange(END - 3) for _ in range(chance.randint(1, longest))) for _ in range(3)
         ),
-        split=chance.choice((0.4, 0.8) if kind == "plain" else (0.6, 0.8)),
-        think_s=chance.choice((0.002, 0.02, 0.2)) if kind == "plain" else 0.002,
+        split=chance.choice({"plain": (0.4, 0.8), "thrashing": (0.6, 0.8)}.get(kind, (0.9, 1.0))),
+        think_s=chance.choice((0.002, 0.02, 0.2) if kind == "plain" else (0.002, 0.02)),
         max_prompt=longest,
         max_tokens=most,
     )

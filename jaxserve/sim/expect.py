@@ -1,5 +1,6 @@
 """What a request must bring, worked out without an engine: its tokens, its text, and why it ends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,14 +36,17 @@ def vocabulary() -> Vocab:
 class SimTokenizer(Tokenizer):
     """A tokenizer that can be made to fail. Attributes: failing: so many of the next calls raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, failed: Callable[[], None] = lambda: None) -> None:
+        """Args: failed: called when it does."""
         super().__init__(vocabulary())
         self.failing = 0
+        self._failed = failed
 
     def token_bytes(self, token_id: int) -> bytes:
         """See `Tokenizer`."""
         if self.failing:
             self.failing -= 1
+            self._failed()
             raise RuntimeError("the tokenizer has failed")
         return super().token_bytes(token_id)
 

@@ -3,28 +3,25 @@
 None of this decides anything: it looks at the production values from outside, and counts again.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxserve.sim.broken import Broken
 from jaxserve.sim.device import SimDevice
+from jaxserve.sim.endings import Endings
 from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
 from jaxserve.sim.hash_model import CELL_BYTES, HashModel
+from jaxserve.sim.order import Order
+from jaxserve.sim.recount import Recount
 from kv import prefix
 from kv.connectors.host_tier import HostTierConnector
 from kv.ledger import Kind
 from scheduler.state import check
 from scheduler.types import Inputs, Plan
-
-
-class Broken(AssertionError):
-    """An invariant does not hold. Attributes: law: its number."""
-
-    def __init__(self, law: str, message: str) -> None:
-        super().__init__(f"{law}: {message}")
-        self.law = law
 
 
 class Names:
@@ -71,9 +68,27 @@ class Laws:
     def __init__(self, names: Names, nixl: FakeNixlNetwork) -> None:
         self.names = names
         self.flipped: set[tuple[str, int, int, int]] = set()
+        self.order = Order()
+        self.endings = Endings()
         self._nixl = nixl
+        self._accepted: Counter[str] = Counter()
         self._promises: dict[str, _Promised] = {}
         self._counters: dict[str, tuple[float, ...]] = {}
+
+    def look(self, engines: Iterable[SimEngine]) -> None:
+        """Everything about all engines of which something has happened since the last look.
+
+        Raises:
+            Broken: a law is.
+        """
+        alive = [engine for engine in engines if engine.alive]
+        self.check_transfers(alive)
+        for engine in alive:
+            if engine.turned:
+                self.check(engine)
+            if engine.touched:
+                self.check_content(engine)
+            engine.touched = engine.turned = False
 
     def check(self, engine: SimEngine) -> None:
         """Everything about one engine.
@@ -145,6 +160,9 @@ class Laws:
         """
         rows = plan.rows
         node = engine.node
+        self._accepted[engine.epoch] += len(plan.accepted.tokens)
+        self.order.step(engine, inputs, plan)
+        self.endings.step(engine, inputs)
         if int(rows.lens.sum()) > node.limits.max_num_batched_tokens:
             raise Broken("I21", f"{engine.host}: a step computes more tokens than its budget")
         if len(rows) > node.limits.max_num_seqs or len(set(rows.slots.tolist())) != len(rows):
@@ -161,6 +179,25 @@ class Laws:
             gone = set(inputs.aborts).difference(request.request_id for request in inputs.arrivals)
             if any(request_id in gone for request_id, _ in engine.core.state.sequences):
                 raise Broken("I2", f"{engine.host}: an aborted request lives on")
+
+    def sums(self, engine: SimEngine, recount: Recount) -> None:
+        """I11, I19: the sum over requests is what the counters say, and what the recount says.
+
+        Raises:
+            Broken: it is not.
+        """
+        stats, each = engine.core.stats.prompts, recount.prefilled.values()
+        sums = (
+            sum(one.local_compute for one in each),
+            sum(one.local_cache_hit for one in each),
+            sum(one.external_kv_transfer for one in each),
+        )
+        counted = (stats.computed, stats.local_cache_hit, stats.external_kv_transfer)
+        generated, accepted = engine.core.stats.steps.generation_tokens, self._accepted[engine.epoch]
+        if generated != accepted:
+            raise Broken("I19", f"{engine.host}: {accepted} tokens, counted {generated}")
+        if sums != counted:
+            raise Broken("I11", f"{engine.host}: requests sum to {sums}, counters say {counted}")
 
     def _gauges(self, engine: SimEngine) -> None:
         """I19: gauges say what is, and counters only grow. I21: the queue is bounded."""

@@ -6,22 +6,25 @@ accepted must end and every page come back.
 
 import gc
 import itertools
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from jaxserve.sim.clients import Clients, Habits
+from jaxserve.sim.broken import Broken
+from jaxserve.sim.calm import bound_s
+from jaxserve.sim.clients import Clients
 from jaxserve.sim.clockwork import Clockwork
-from jaxserve.sim.cover import RARE, Met, states
+from jaxserve.sim.complaints import Complaints
+from jaxserve.sim.cover import Cover, Met, Spell
 from jaxserve.sim.device import SimDevice
-from jaxserve.sim.engine import Node, SimEngine, Surroundings
-from jaxserve.sim.expect import SimTokenizer
+from jaxserve.sim.engine import SimEngine, Surroundings
+from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
-from jaxserve.sim.faults import RARE_BOOST, STRIKES, Storm
-from jaxserve.sim.hash_model import HashModel
-from jaxserve.sim.laws import Broken, Laws, Names, no_leak
+from jaxserve.sim.laws import Laws, Names, no_leak
 from jaxserve.sim.recount import Recount
+from jaxserve.sim.setup import Setup
+from jaxserve.sim.storm import Storm
+from jaxserve.sim.strikes import Strikes
 from jaxserve.sim.wire import SimWire
 from scheduler.types import Inputs, Plan
 
@@ -29,9 +32,6 @@ SMALL_POOL = 64
 """Worlds with pools of up to so many pages are recounted after every event."""
 LARGE_EVERY = 50
 """Larger ones after so many."""
-CALM_S = 1500.0
-"""Virtual seconds in which everything must have ended once faults have stopped: beyond the longest lease,
-transfer deadline, quarantine and compilation that a world can have."""
 CALM_EVENTS = 60_000
 HEALS = 3
 HEAL_S = 2.0
@@ -39,32 +39,6 @@ HEAL_S = 2.0
 again: one may still wait for the end of what a fault has begun."""
 CALM_ASKING = 100
 """Events after the faults in which clients still ask."""
-LOOK_EVERY = 20
-"""Events between looks at which requests the lasting faults are with."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """A world before its first event.
-
-    Attributes:
-        nodes: prefill engines, decode engines and others.
-        prefill, decode: names of those that a split request can go to.
-        rates: of faults.
-        lasting: properties of this world that count as faults.
-        offsets, drift: of engines' clocks, by name.
-    """
-
-    model: HashModel
-    nodes: tuple[Node, ...]
-    prefill: tuple[str, ...]
-    decode: tuple[str, ...]
-    rates: dict[str, float]
-    lasting: tuple[str, ...]
-    habits: Habits
-    num_clients: int
-    offsets: dict[str, float]
-    drift: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,30 +72,26 @@ class World:
         self.seed = seed
         self.clockwork = Clockwork(seed)
         self.setup = setup = draw(self.clockwork)
-        self.met: Met = Counter()
-        self.storm = Storm(self.clockwork, dict(setup.rates), self.meet)
-        self.nixl = FakeNixlNetwork(clock=lambda: self.clockwork.now, draw=self.storm.transfer)
-        self.wire = SimWire(self.clockwork, self.storm.judge, self.storm.refuses)
-        self.tokenizer = SimTokenizer()
-        self.names = Names(setup.model)
-        self.laws = Laws(self.names, self.nixl)
-        self.clients = Clients(self.clockwork, setup.model, self.names, setup.habits, self._engines)
         self.engines: dict[str, SimEngine] = {}
         self.lives: list[SimEngine] = []
+        self.nodes = {node.name: node for node in setup.nodes}
+        self.cover = Cover(self.engines, lambda: self.clockwork.now)
+        self.storm = Storm(self.clockwork, dict(setup.rates), self.cover)
+        self.nixl = FakeNixlNetwork(clock=lambda: self.clockwork.now, draw=self.storm.transfer)
+        self.wire = SimWire(self.clockwork, self.storm.judge, self.storm.refuses)
+        self.laws = Laws(Names(setup.model), self.nixl)
+        self.clients = Clients(self.clockwork, setup.model, self.laws.names, setup.habits, self._engines)
+        self.excuses = Excuses(self.cover, self.engines, self.clients.excuses)
         self.recounts: dict[str, Recount] = {}
-        self.accepted: Counter[str] = Counter()
-        self._nodes = {node.name: node for node in setup.nodes}
+        self._strikes = Strikes(self)
+        self._full: dict[str, Spell] = {}
         self._small = all(node.scheduler.num_pages <= SMALL_POOL for node in setup.nodes)
         self._complaints = Complaints()
-        self._around = Surroundings(
-            clockwork=self.clockwork,
-            wire=self.wire,
-            nixl=self.nixl,
-            weather=self.storm,
-            tokenizer=self.tokenizer,
-        )
         for node in setup.nodes:
             self.start(node.name)
+        for fault, hosts in setup.lasting:
+            if fault != "X24":
+                self.cover.begin(fault, hosts)
 
     # The run.
 
@@ -139,7 +109,7 @@ class World:
                 self.clients.begin(self.setup.num_clients)
                 while self.clockwork.events < events and self.clockwork.run_one():
                     self._after_event()
-                    self._strike()
+                    self._strikes.maybe()
                 self._calm()
             except Exception as error:
                 raise Failed(
@@ -156,26 +126,16 @@ class World:
             events=self.clockwork.events,
             virtual_s=self.clockwork.now,
             trace=self.clockwork.trace,
-            met=self.met,
+            met=self.cover.met,
             counts=self.clients.counts,
             tokens=dict(tokens),
             lives=len(self.lives),
         )
 
-    def meet(self, fault: str, hosts: Iterable[str]) -> None:
-        """A fault strikes these hosts now."""
-        for host in dict.fromkeys(hosts):
-            engine = self.engines.get(host)
-            if engine is not None and engine.alive:
-                self.met.update((fault, state) for state in states(engine))
-
     def start(self, name: str) -> SimEngine:
         """A new life of an engine."""
-        node = self._nodes[name]
+        node = self.nodes[name]
         chance = self.clockwork.chance
-        for lasting in (self.storm.no_files, self.storm.stalled):
-            lasting.discard(name)  # a new process
-        self.storm.rare.discard(name)
         device = SimDevice(
             model=self.setup.model,
             num_pages=node.scheduler.num_pages,
@@ -183,21 +143,35 @@ class World:
             fill=chance.randbytes,
             fate=lambda: self.storm.step_fate(name),
         )
+        epoch = f"{chance.getrandbits(128):032x}"
+        self.storm.begins(name, epoch)
+        around = Surroundings(
+            clockwork=self.clockwork,
+            wire=self.wire,
+            nixl=self.nixl,
+            weather=self.storm,
+            tokenizer=self.excuses.tokenizer(epoch),
+        )
         engine = SimEngine(
             node,
-            self._around,
+            around,
             device,
-            epoch=f"{chance.getrandbits(128):032x}",
+            epoch=epoch,
             offset=self.setup.offsets[name],
             rate=self.setup.drift[name],
             recorder=self._recorded,
         )
-        self.storm.knows(engine)
+        self._full[name] = Spell("X24", (name,))
         self.engines[name] = engine
         self.lives.append(engine)
         windowed = any(window is not None for window in node.scheduler.windows)
         self.recounts[engine.epoch] = Recount(node.scheduler.page_size, windowed=windowed)
         return engine
+
+    def around(self, host: str) -> tuple[str, ...]:
+        """A host, and those that exchange pages with it."""
+        prefill, decode = self.setup.prefill, self.setup.decode
+        return (host, *(decode if host in prefill else prefill if host in decode else ()))
 
     # After each event.
 
@@ -205,33 +179,10 @@ class World:
         if self.clients.broken is not None:
             raise self.clients.broken
         self._complaints.check(self.clients.excuses)
-        count = self.clockwork.events
-        if count % LOOK_EVERY == 0:
-            self._look()
-        if self._small or count % LARGE_EVERY == 0:
-            alive = [engine for engine in self.engines.values() if engine.alive]
-            self.laws.check_transfers(alive)
-            for engine in alive:
-                if engine.turned:
-                    self.laws.check(engine)
-                if engine.touched:
-                    self.laws.check_content(engine)
-                engine.touched = engine.turned = False
-
-    def _look(self) -> None:
-        """Counts what lasts."""
-        storm, everywhere = self.storm, tuple(self.engines)
-        for fault in self.setup.lasting:
-            self.meet(fault, everywhere)
-        for fault, hosts in (
-            ("X3", [engine.host for engine in self.engines.values() if engine.paused]),
-            ("X4", storm.slow),
-            ("X11", [host for pair in storm.cut for host in pair]),
-            ("X12", storm.mute and everywhere),
-            ("X45", storm.no_files),
-        ):
-            self.meet(fault, sorted(hosts))
-        storm.under_way(self.nixl.under_way(), self._leased)
+        if self.storm.posted:
+            self._follow_transfers()
+        if self._small or self.clockwork.events % LARGE_EVERY == 0:
+            self.laws.look(self.engines.values())
 
     def _recorded(self, engine: SimEngine, inputs: Inputs, plan: Plan) -> None:
         """Every step of every engine."""
@@ -239,18 +190,23 @@ class World:
         note = (plan.step_id, len(plan.rows), plan.accepted.tokens.tolist(), len(plan.moves.commands))
         self.clockwork.note(f"{host} plan {note}")
         self.clients.strike(engine, inputs, plan, storm.failed_steps, storm.not_finite)
-        self.accepted[engine.epoch] += len(plan.accepted.tokens)
+        self.excuses.step(engine, inputs, plan, self.clockwork.now)
         try:
             self.recounts[engine.epoch].take(inputs, plan)
         except AssertionError as error:
             raise Broken("I11", f"{host}: {error or 'the recount says otherwise'}") from error
         self.laws.step(engine, inputs, plan)
-        if any(state in RARE for state in states(engine)):
+        self._follow_transfers()
+        if self.cover.turned(engine):
             storm.rare.add(host)
         else:
             storm.rare.discard(host)
-        if any(outcome == "dropped_cpu_full" for _, outcome, _ in plan.moves.outcomes):
-            self.meet("X24", (host,))
+        tiers = [tier for leaf in engine.core.state.leaves for tier in leaf.tiers()]
+        if ("X24", (host,)) in self.setup.lasting and any(used == slots for _, used, _, _, slots in tiers):
+            self.cover.meet(self._full[host], host)
+
+    def _follow_transfers(self) -> None:
+        self.storm.under_way(self.nixl.under_way(), self._leased)
 
     def _leased(self, host: str, addresses: list[int]) -> bool:
         """Whether all pages at these addresses are leased."""
@@ -265,199 +221,6 @@ class World:
                 return all((address - low) // size in leased for address in addresses)
         return False
 
-    # Faults.
-
-    def _strike(self) -> None:
-        clockwork = self.clockwork
-        draw = clockwork.chance.random()
-        if self.storm.rare:
-            draw /= RARE_BOOST
-        for fault, rate in self.storm.rates.items():
-            if fault in STRIKES:
-                if draw < rate:
-                    clockwork.note(f"fault {fault}")
-                    clockwork.last.append(f"{clockwork.now:12.6f} FAULT {fault}")
-                    STRIKE[fault](self)
-                    return
-                draw -= rate
-
-    def _some_engine(self) -> SimEngine | None:
-        running = [engine for engine in self.engines.values() if engine.alive and not engine.paused]
-        rare = [engine for engine in running if engine.host in self.storm.rare]
-        if rare and self.clockwork.chance.random() < 0.8:
-            running = rare
-        return self.clockwork.chance.choice(running) if running else None
-
-    def kill(self) -> None:
-        """X1, X2."""
-        engine = self._some_engine()
-        if engine is not None:
-            self.meet("X1", self._around_of(engine))
-            self._end(engine, engine.kill)
-
-    def pause(self) -> None:
-        """X3."""
-        engine = self._some_engine()
-        if engine is not None:
-            self.meet("X3", self._around_of(engine))
-            engine.pause()
-            self._later(self._duration(0.01, 60.0), lambda: engine.resume() if engine.paused else None)
-
-    def slow(self) -> None:
-        """X4."""
-        self._for_a_while("X4", self.storm.slow, self._duration(0.1, 5.0))
-
-    def upgrade(self) -> None:
-        """X5."""
-        engine = self._some_engine()
-        if engine is not None:
-            self.meet("X5", self._around_of(engine))
-            node = self._nodes[engine.host]
-            key = "model-b" if node.scheduler.cache_key == "model-a" else "model-a"
-            self._nodes[engine.host] = replace(node, scheduler=replace(node.scheduler, cache_key=key))
-            self._end(engine, engine.kill)
-
-    def cut(self) -> None:
-        """X11."""
-        chance = self.clockwork.chance
-        if len(self._nodes) > 1:
-            here, there = chance.sample(sorted(self._nodes), 2)
-            self.meet("X11", (here, there))
-            self.storm.cut.add((here, there))
-            self._later(self._duration(0.05, 20.0), lambda: self.storm.cut.discard((here, there)))
-
-    def mute(self) -> None:
-        """X12."""
-        self._for_a_while("X12", self.storm.mute, self._duration(0.05, 20.0))
-
-    def write_late(self) -> None:
-        """X19."""
-        if self.nixl.deliver_late():
-            self.meet("X19", tuple(self.engines))
-
-    def flip_bit(self) -> None:
-        """X27."""
-        engine, chance = self._some_engine(), self.clockwork.chance
-        transfer = None if engine is None else engine.node.scheduler.transfer
-        if engine is None or transfer is None:
-            return
-        checked = [index for index in sorted(engine.hosts) if transfer.leaves[index].digest]
-        if not checked:
-            return
-        index = chance.choice(checked)
-        rank = chance.randrange(len(engine.hosts[index]))
-        memory = engine.hosts[index][rank].memory
-        row = chance.randrange(len(memory))
-        memory[row, chance.randrange(memory.shape[1])] ^= 1 << chance.randrange(8)
-        self.laws.flipped.add((engine.epoch, index, rank, row))
-        self.meet("X27", (engine.host,))
-
-    def disconnect(self) -> None:
-        """X33."""
-        self._abort("X33", 1)
-
-    def abort_twice(self) -> None:
-        """X36."""
-        self._abort("X36", 2)
-
-    def use_id_twice(self) -> None:
-        """X35."""
-        asks = [ask for ask in self.clients.asks.values() if ask.engine.alive]
-        if asks:
-            ask = self.clockwork.chance.choice(asks)
-            request, refused = ask.request, self.clients.counts["refused"]
-            self.meet("X35", (ask.engine.host,))
-            self.clients.ask(
-                ask.engine, request.prompt_token_ids[::-1], request.sampling, "", 0,
-                lambda params, ok: None, request_id=request.request_id,
-            )  # fmt: skip
-            if self.clients.counts["refused"] == refused and ask.request.request_id in self.clients.asks:
-                raise Broken("I15", f"{ask.engine.host}: an id in use was taken again")
-
-    def retry_storm(self) -> None:
-        """X37."""
-        engine = self._some_engine()
-        if engine is not None:
-            self.meet("X37", (engine.host,))
-            self.clients.repeat(engine, 8)
-
-    def jump_clock(self) -> None:
-        """X38: a monotonic clock jumps forward only, as when a machine was asleep."""
-        engine = self._some_engine()
-        if engine is not None:
-            self.meet("X38", self._around_of(engine))
-            engine.offset += 3600.0
-            engine.wake()
-
-    def ask_to_end(self) -> None:
-        """X41."""
-        engine = self._some_engine()
-        if engine is not None and engine.draining_until is None:
-            self.meet("X41", self._around_of(engine))
-            self.clients.excuses.add((engine.epoch, "closed"))
-            engine.drain(self._duration(0.5, 30.0), lambda ended: self._end(ended, lambda: None))
-
-    def break_tokenizer(self) -> None:
-        """X42."""
-        self.meet("X42", tuple(self.engines))
-        self.tokenizer.failing = 1
-        self.clients.excuses.add(("", "tokenizer"))
-
-    def stall(self) -> None:
-        """X43."""
-        engine = self._some_engine()
-        if engine is not None:
-            self.storm.stalled.add(engine.host)
-
-    def no_files(self) -> None:
-        """X45."""
-        self._for_a_while("X45", self.storm.no_files, self._duration(0.1, 10.0))
-
-    def forget(self) -> None:
-        """X46."""
-        engine = self._some_engine()
-        if engine is not None and engine.draining_until is None:
-            self.meet("X46", (engine.host,))
-            external = self.clockwork.chance.random() < 0.5
-            engine.core.inbox.reset_prefix_cache(lambda: None, external=external)
-            engine.wake()
-
-    def _abort(self, fault: str, times: int) -> None:
-        asks = [ask for ask in self.clients.asks.values() if ask.engine.alive and not ask.aborted]
-        asks = [ask for ask in asks if ask.engine.host in self.storm.rare] or asks
-        if asks:
-            ask = self.clockwork.chance.choice(asks)
-            self.meet(fault, (ask.engine.host,))
-            for _ in range(times):
-                self.clients.abort(ask)
-
-    def _around_of(self, engine: SimEngine) -> tuple[str, ...]:
-        """The hosts that notice when something happens to an engine."""
-        return tuple(self.engines)
-
-    def _for_a_while(self, fault: str, where: set[str], seconds: float) -> None:
-        engine = self._some_engine()
-        if engine is not None:
-            self.meet(fault, (engine.host,))
-            where.add(engine.host)
-            self._later(seconds, lambda: where.discard(engine.host))
-
-    def _duration(self, low: float, high: float) -> float:
-        return low * (high / low) ** self.clockwork.chance.random()
-
-    def _later(self, seconds: float, action: Callable[[], None]) -> None:
-        self.clockwork.after(seconds, "a fault ends", action)
-
-    def _end(self, engine: SimEngine, how: Callable[[], None]) -> None:
-        """A life is over; another begins some time later."""
-        how()
-        self.clients.connection_lost(engine)
-        self._later(self._duration(0.1, 20.0), lambda: self._again(engine))
-
-    def _again(self, engine: SimEngine) -> None:
-        if self.engines[engine.host] is engine:
-            self.start(engine.host)
-
     # The end.
 
     def _calm(self) -> None:
@@ -467,15 +230,24 @@ class World:
             Broken: it does not.
         """
         self.storm.calm()
-        self.tokenizer.failing = 0
-        if self.clockwork.chance.random() < 0.97:  # else hanging transfers hang until their agent is deleted
-            self.nixl.deliver_late()
+        self.excuses.calm()
         for engine in tuple(self.engines.values()):
             if engine.paused:
                 engine.resume()
             if not engine.alive:
-                self._again(engine)
-        until, most = self.clockwork.now + CALM_S, self.clockwork.events + CALM_EVENTS
+                self._strikes.again(engine)
+        if self.clockwork.chance.random() < 0.97:  # else hanging transfers hang until their agent is deleted
+            self.nixl.deliver_late()
+        hanging = any(fault.never_ends for _, _, fault, _ in self.nixl.under_way())
+        began = self.clockwork.now
+        bound = bound_s(
+            self.setup.nodes,
+            self.engines.values(),
+            self.clients.asks.values(),
+            coming_s=self.clockwork.coming_s,
+            hanging=hanging,
+        )
+        until, most = began + bound, self.clockwork.events + CALM_EVENTS
         served = {engine.host: len(engine.core.state.sequences) for engine in self.engines.values()}
         asking_until = self.clockwork.events + CALM_ASKING
         while not self._quiet():
@@ -495,7 +267,7 @@ class World:
             self.laws.check(engine)
             self.laws.check_content(engine)
             no_leak(engine)
-            self._sums(engine)
+            self.laws.sums(engine, self.recounts[engine.epoch])
 
     def _healed(self, most: int) -> None:
         """I18: whatever has happened, each decode engine reads from each prefill engine again.
@@ -504,6 +276,8 @@ class World:
             Broken: one computes by itself.
         """
         for first, second in itertools.product(self.setup.prefill, self.setup.decode):
+            if first == second:
+                continue  # what it has computed it finds in its own cache
             lender, reader = self.engines[first].node.scheduler, self.engines[second].node.scheduler
             windowed = any(window is not None for window in reader.windows)
             if lender.cache_key != reader.cache_key or (windowed and lender.page_size != reader.page_size):
@@ -543,22 +317,6 @@ class World:
             )
         )
 
-    def _sums(self, engine: SimEngine) -> None:
-        """I11: the sum over requests is what the counters say, and what the recount says."""
-        stats, recount = engine.core.stats.prompts, self.recounts[engine.epoch]
-        each = recount.prefilled.values()
-        sums = (
-            sum(one.local_compute for one in each),
-            sum(one.local_cache_hit for one in each),
-            sum(one.external_kv_transfer for one in each),
-        )
-        counted = (stats.computed, stats.local_cache_hit, stats.external_kv_transfer)
-        generated = engine.core.stats.steps.generation_tokens
-        if generated != self.accepted[engine.epoch]:
-            raise Broken("I19", f"{engine.host}: {self.accepted[engine.epoch]} tokens, counted {generated}")
-        if sums != counted:
-            raise Broken("I11", f"{engine.host}: requests sum to {sums}, counters say {counted}")
-
     def _engines(self, kind: str) -> list[SimEngine]:
         names = {"prefill": self.setup.prefill, "decode": self.setup.decode}.get(kind)
         return [
@@ -566,61 +324,3 @@ class World:
             for name, engine in self.engines.items()
             if engine.alive and engine.draining_until is None and (names is None or name in names)
         ]
-
-
-STRIKE: dict[str, Callable[[World], None]] = {
-    "X1": World.kill,
-    "X3": World.pause,
-    "X4": World.slow,
-    "X5": World.upgrade,
-    "X11": World.cut,
-    "X12": World.mute,
-    "X19": World.write_late,
-    "X27": World.flip_bit,
-    "X33": World.disconnect,
-    "X35": World.use_id_twice,
-    "X36": World.abort_twice,
-    "X37": World.retry_storm,
-    "X38": World.jump_clock,
-    "X41": World.ask_to_end,
-    "X42": World.break_tokenizer,
-    "X43": World.stall,
-    "X45": World.no_files,
-    "X46": World.forget,
-}
-
-
-class Complaints(logging.Handler):
-    """I13: what the engine logs as an error is an exception that somebody swallowed."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self._said: list[logging.LogRecord] = []
-        self._logger = logging.getLogger("jaxserve")
-        self._before = (self._logger.level, self._logger.propagate)
-
-    def __enter__(self) -> "Complaints":
-        self._before = (self._logger.level, self._logger.propagate)
-        self._logger.addHandler(self)
-        self._logger.setLevel(logging.ERROR)
-        self._logger.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self)
-        self._logger.setLevel(self._before[0])
-        self._logger.propagate = self._before[1]
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keeps a record."""
-        self._said.append(record)
-
-    def check(self, excuses: set[tuple[str, str]]) -> None:
-        """Raises: Broken: something was logged that no fault explains."""
-        said, self._said = self._said, []
-        tokenizer = ("", "tokenizer") in excuses
-        for record in said:
-            error = record.exc_info[1] if record.exc_info else None
-            if tokenizer and "the tokenizer has failed" in str(error):
-                continue
-            raise Broken("I13", f"{record.getMessage()}: {error!r}")

@@ -1,0 +1,219 @@
+"""Weather with faults: what becomes of messages, transfers, steps, copies and timers while they strike."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from jaxserve.sim.clockwork import Clockwork
+from jaxserve.sim.cover import Cover, Spell
+from jaxserve.sim.device import StepFate
+from jaxserve.sim.engine import SimEngine, Weather
+from jaxserve.sim.fake_nixl import Fault, Posted
+from jaxserve.sim.wire import Fate
+from kv.wire import Confirm, Confirmed, Done, DoneAnswer, Hello, Message, Welcome
+from scheduler.types import Plan
+
+RARE_BOOST = 4.0
+"""So many times more often do faults strike hosts that have a request in a state that is seldom reached."""
+
+_VOUCHES = Confirm | Confirmed | Done | DoneAnswer
+
+
+@dataclass(slots=True, eq=False)
+class _Hit:
+    """A transfer of which a fault is known, or will be. Attributes: of: numbers of the faults."""
+
+    fault: Fault
+    of: set[str]
+    spells: dict[str, Spell] = field(default_factory=dict)
+
+
+class Storm(Weather):
+    """Weather with faults.
+
+    Attributes:
+        rates: of each fault that this world has; emptied when it is calm.
+        cut, mute, slow, no_files: what lasts, by whom it concerns: (from, to) of a direction, else a host.
+        rare: hosts with a request in a state that is seldom reached.
+        posted: a transfer has been posted since somebody looked.
+    """
+
+    def __init__(self, clockwork: Clockwork, rates: dict[str, float], cover: Cover) -> None:
+        self.rates = rates
+        self.cut: dict[tuple[str, str], Spell] = {}
+        self.mute: dict[str, Spell] = {}
+        self.slow: dict[str, Spell] = {}
+        self.no_files: dict[str, Spell] = {}
+        self.stalled: set[str] = set()
+        self.failed_steps: set[str] = set()
+        self.not_finite: set[str] = set()
+        self.rare: set[str] = set()
+        self.posted = False
+        self._clockwork, self._cover = clockwork, cover
+        self._host_of: dict[str, str] = {}
+        self._transfers: dict[int, _Hit] = {}
+        """By the identity of their fault, which the network passes on."""
+
+    def calm(self) -> None:
+        """All faults stop."""
+        self.rates = {}
+        self.stalled.clear()
+        for lasting in (self.cut, self.mute, self.slow, self.no_files):
+            for spell in lasting.values():
+                self._cover.end(spell)
+            lasting.clear()
+
+    def begins(self, host: str, epoch: str) -> None:
+        """A life begins: a new process, that opens files again and whose loop runs."""
+        self._host_of[epoch[:8]] = host
+        self.stalled.discard(host)
+        self.rare.discard(host)
+        self._cover.forget(host)
+        spell = self.no_files.pop(host, None)
+        if spell is not None:
+            self._cover.end(spell)
+
+    def under_way(
+        self, transfers: Iterable[tuple[str, str, Fault, list[int]]], leased: Callable[[str, list[int]], bool]
+    ) -> None:
+        """Follows faults of transfers from their post to their end.
+
+        Args:
+            transfers: (reader, source, fault, addresses that are read) of those that have not ended.
+            leased: whether a host still has leases on what lies at these addresses.
+        """
+        self.posted = False
+        left: dict[int, _Hit] = {}
+        for reader, source, fault, addresses in transfers:
+            hosts = (self.host_of(reader), self.host_of(source))
+            hit = left[id(fault)] = self._transfers.pop(id(fault), None) or _Hit(fault, set())
+            if "X20" not in hit.spells and not leased(hosts[1], addresses):
+                hit.of.add("X20")
+            for name in sorted(hit.of.difference(hit.spells)):
+                hit.spells[name] = self._cover.begin(name, hosts)
+        for hit in self._transfers.values():
+            for spell in hit.spells.values():
+                self._cover.end(spell)
+        self._transfers = left
+
+    def host_of(self, agent: str) -> str:
+        """The host of a NIXL agent."""
+        return self._host_of[agent.split("-")[2]]
+
+    def strikes(self, fault: str, *hosts: str) -> bool:
+        """Whether a fault strikes now; more often where a request is in a rare state."""
+        rate = self.rates.get(fault, 0.0)
+        if rate and not self.rare.isdisjoint(hosts):
+            rate = min(0.8, rate * RARE_BOOST)
+        return self._clockwork.happens(rate)
+
+    def hits(self, fault: str, *hosts: str) -> bool:
+        """Whether a fault strikes now; then it is counted."""
+        if not self.strikes(fault, *hosts):
+            return False
+        self._cover.strike(fault, hosts)
+        return True
+
+    # What engines ask.
+
+    def step_seconds(self, engine: SimEngine, plan: Plan) -> float:
+        """See `Weather`."""
+        seconds = 0.002 + 0.0005 * int(plan.rows.lens.sum())
+        if self.hits("X31", engine.host):
+            return 60.0
+        if self.hits("X29", engine.host):
+            seconds *= 100
+        return seconds * (100 if engine.host in self.slow else 1)
+
+    def lateness(self, engine: SimEngine) -> float:
+        """See `Weather`."""
+        late = 0.001 * self._clockwork.chance.random()
+        if engine.host in self.stalled:
+            self.stalled.discard(engine.host)
+            self._cover.strike("X43", (engine.host,))
+            return 5.0
+        if self.hits("X40", engine.host):
+            late += self._clockwork.chance.expovariate(2.0)
+        return late * (100 if engine.host in self.slow else 1)
+
+    def poll_seconds(self, engine: SimEngine, idle: int) -> float:
+        """Long, so that few events are spent on looking: the protocol must not depend on it."""
+        return min(0.005 * 1.5**idle, 2.0) * (0.5 + self._clockwork.chance.random())
+
+    def copy_seconds(self, engine: SimEngine) -> float:
+        """See `Weather`."""
+        return self._clockwork.chance.expovariate(200.0) * (100 if engine.host in self.slow else 1)
+
+    def copy_fails(self, engine: SimEngine) -> bool:
+        """See `Weather`."""
+        return self.hits("X25", engine.host)
+
+    def agent_fails(self, engine: SimEngine) -> bool:
+        """See `Weather`."""
+        return engine.host in self.no_files
+
+    def refuses(self, host: str) -> bool:
+        """Whether a host can open no connection."""
+        return host in self.no_files
+
+    def step_fate(self, host: str) -> StepFate:
+        """What becomes of a host's next step."""
+        if self.hits("X26", host):
+            self.failed_steps.add(host)
+            return StepFate(error="RESOURCE_EXHAUSTED: out of memory")
+        if self.hits("X28", host):
+            self.failed_steps.add(host)
+            return StepFate(error="INTERNAL: the step failed")
+        if self.hits("X32", host):
+            if self._clockwork.happens(0.5):
+                return StepFate(moves=True)
+            self.failed_steps.add(host)
+            return StepFate(error="INTERNAL: the donated buffer is lost", moves=True)
+        if self.hits("X30", host):
+            self.not_finite.add(host)
+            return StepFate(not_finite=True)
+        return StepFate()
+
+    def judge(self, here: str, there: str, message: Message) -> Fate:
+        """What becomes of a message; see `SimWire`."""
+        chance = self._clockwork.chance
+        delay = 0.0002 + chance.expovariate(2000.0)
+        if (here, there) in self.cut or here in self.mute:
+            return Fate(delays=())
+        if self.hits("X8", here, there):
+            delay *= 100
+        if self.hits("X9", here, there):
+            delay += chance.expovariate(50.0)
+        greeting = isinstance(message, Hello | Welcome)
+        if (greeting or chance.random() < 0.2) and self.hits("X13", here, there):
+            return Fate(delays=(), breaks=delay)
+        if self.hits("X7", here, there):
+            return Fate(delays=())
+        if isinstance(message, _VOUCHES) and self.hits("X22", here, there):
+            return Fate(delays=() if chance.random() < 0.5 else (delay, 2 * delay))
+        if self.hits("X10", here, there):
+            return Fate(delays=(delay, delay + chance.expovariate(100.0)))
+        return Fate(delays=(delay,))
+
+    def transfer(self, posted: Posted) -> Fault:
+        """What becomes of a transfer; see `FakeNixlNetwork`."""
+        chance = self._clockwork.chance
+        hosts = (self.host_of(posted.reader), self.host_of(posted.source))
+        if self.hits("X14", *hosts):
+            return Fault(post_fails=True)
+        seconds = chance.expovariate(500.0 if chance.random() < 0.7 else 20.0)
+        of = {name for name in ("X15", "X16", "X17", "X18", "X21") if self.strikes(name, *hosts)}
+        if "X21" in of:
+            seconds += chance.expovariate(10.0)
+        if not of.isdisjoint(("X16", "X17", "X18")):
+            seconds += chance.expovariate(5.0)
+        fault = Fault(
+            cycles=chance.randrange(3),
+            seconds=seconds,
+            never_ends="X15" in of,
+            errors="X16" in of,
+            flips_bit="X17" in of,
+            writes_nothing="X18" in of,
+        )
+        self._transfers[id(fault)] = _Hit(fault, of)
+        self.posted = True
+        return fault

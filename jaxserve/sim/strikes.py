@@ -1,0 +1,314 @@
+"""Faults that strike whole engines, hosts and clients: one of them at most after each event."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+from jaxserve.sim.broken import Broken
+from jaxserve.sim.clients import Clients
+from jaxserve.sim.clockwork import Clockwork
+from jaxserve.sim.cover import Cover, Spell
+from jaxserve.sim.engine import Node, SimEngine
+from jaxserve.sim.excuses import Excuses
+from jaxserve.sim.fake_nixl import FakeNixlNetwork
+from jaxserve.sim.faults import STRIKES
+from jaxserve.sim.laws import Laws
+from jaxserve.sim.storm import RARE_BOOST, Storm
+
+Key = TypeVar("Key")
+
+RESTART_S = 20.0
+"""An engine that has ended begins its next life within so long."""
+
+
+class Cluster(Protocol):
+    """What can be struck.
+
+    Attributes:
+        engines: current lives by host.
+        nodes: what each is from life to life; a fault may change it.
+    """
+
+    clockwork: Clockwork
+    storm: Storm
+    cover: Cover
+    nixl: FakeNixlNetwork
+    laws: Laws
+    clients: Clients
+    excuses: Excuses
+    engines: dict[str, SimEngine]
+    nodes: dict[str, Node]
+
+    def start(self, name: str) -> SimEngine:
+        """A new life of an engine."""
+        ...
+
+    def around(self, host: str) -> tuple[str, ...]:
+        """A host, and those that exchange pages with it."""
+        ...
+
+
+class Strikes:
+    """Strikes a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._clockwork, self._storm, self._cover = cluster.clockwork, cluster.storm, cluster.cover
+
+    def maybe(self) -> None:
+        """One fault, or none; more often where a request is in a rare state."""
+        clockwork = self._clockwork
+        draw = clockwork.chance.random()
+        if self._storm.rare:
+            draw /= RARE_BOOST
+        for fault, rate in self._storm.rates.items():
+            if fault in STRIKES:
+                if draw < rate:
+                    clockwork.note(f"fault {fault}")
+                    clockwork.last.append(f"{clockwork.now:12.6f} FAULT {fault}")
+                    _STRIKE[fault](self)
+                    return
+                draw -= rate
+
+    def again(self, engine: SimEngine, spell: Spell | None = None) -> None:
+        """The life after this one begins, if none has begun yet. `spell`: of the fault that ended it."""
+        if self._cluster.engines[engine.host] is engine:
+            self._cluster.start(engine.host)
+        if spell is not None:
+            self._cover.end(spell)
+
+    # Engines and their hosts.
+
+    def _some_engine(self) -> SimEngine | None:
+        running = [each for each in self._cluster.engines.values() if each.alive and not each.paused]
+        rare = [engine for engine in running if engine.host in self._storm.rare]
+        if rare and self._clockwork.chance.random() < 0.8:
+            running = rare
+        return self._clockwork.chance.choice(running) if running else None
+
+    def kill(self) -> None:
+        """X1, X2."""
+        engine = self._some_engine()
+        if engine is not None:
+            spell = self._cover.begin("X1", self._cluster.around(engine.host))
+            engine.kill()
+            self._over(engine, spell)
+
+    def pause(self) -> None:
+        """X3."""
+        engine = self._some_engine()
+        if engine is None:
+            return
+        spell = self._cover.begin("X3", self._cluster.around(engine.host))
+        self._cluster.laws.endings.disturbed(engine)
+        engine.pause()
+
+        def resume() -> None:
+            self._cover.end(spell)
+            if engine.paused:
+                engine.resume()
+
+        self._later(self._duration(0.01, 60.0), resume)
+
+    def slow(self) -> None:
+        """X4."""
+        self._for_a_while("X4", self._storm.slow, self._duration(0.1, 5.0))
+
+    def upgrade(self) -> None:
+        """X5."""
+        engine = self._some_engine()
+        if engine is not None:
+            spell = self._cover.begin("X5", self._cluster.around(engine.host))
+            node = self._cluster.nodes[engine.host]
+            key = "model-b" if node.scheduler.cache_key == "model-a" else "model-a"
+            self._cluster.nodes[engine.host] = replace(node, scheduler=replace(node.scheduler, cache_key=key))
+            engine.kill()
+            self._over(engine, spell)
+
+    def cut(self) -> None:
+        """X11."""
+        if len(self._cluster.nodes) > 1:
+            here, there = self._clockwork.chance.sample(sorted(self._cluster.nodes), 2)
+            seconds = self._duration(0.05, 20.0)
+            self._lasts("X11", self._storm.cut, (here, there), (here, there), seconds)
+
+    def mute(self) -> None:
+        """X12."""
+        self._for_a_while("X12", self._storm.mute, self._duration(0.05, 20.0), around=True)
+
+    def jump_clock(self) -> None:
+        """X38: a monotonic clock jumps forward only, as when a machine was asleep."""
+        engine = self._some_engine()
+        if engine is not None:
+            self._cover.strike("X38", self._cluster.around(engine.host))
+            self._cluster.laws.endings.disturbed(engine)
+            engine.offset += 3600.0
+            engine.wake()
+
+    def ask_to_end(self) -> None:
+        """X41."""
+        engine = self._some_engine()
+        if engine is not None and engine.draining_until is None:
+            spell = self._cover.begin("X41", self._cluster.around(engine.host))
+            asks = self._cluster.clients.asks.values()
+            live = [ask.request.request_id for ask in asks if ask.engine is engine]
+            self._cluster.laws.endings.asked(engine, live)
+            engine.drain(self._duration(0.5, 30.0), lambda ended: self._ended(ended, spell))
+
+    def stall(self) -> None:
+        """X43; it is counted when the loop stalls."""
+        engine = self._some_engine()
+        if engine is not None:
+            self._storm.stalled.add(engine.host)
+
+    def no_files(self) -> None:
+        """X45."""
+        self._for_a_while("X45", self._storm.no_files, self._duration(0.1, 10.0))
+
+    # What an engine keeps.
+
+    def write_late(self) -> None:
+        """X19."""
+        agents = [(reader, source) for reader, source, *_ in self._cluster.nixl.under_way()]
+        if self._cluster.nixl.deliver_late():
+            self._cover.strike("X19", [self._storm.host_of(agent) for pair in agents for agent in pair])
+
+    def flip_bit(self) -> None:
+        """X27."""
+        engine, chance = self._some_engine(), self._clockwork.chance
+        transfer = None if engine is None else engine.node.scheduler.transfer
+        if engine is None or transfer is None:
+            return
+        checked = [index for index in sorted(engine.hosts) if transfer.leaves[index].digest]
+        if not checked:
+            return
+        index = chance.choice(checked)
+        rank = chance.randrange(len(engine.hosts[index]))
+        memory = engine.hosts[index][rank].memory
+        row = chance.randrange(len(memory))
+        memory[row, chance.randrange(memory.shape[1])] ^= 1 << chance.randrange(8)
+        self._cluster.laws.flipped.add((engine.epoch, index, rank, row))
+        self._cover.strike("X27", (engine.host,))
+
+    def break_tokenizer(self) -> None:
+        """X42."""
+        engine = self._some_engine()
+        if engine is not None:
+            self._cover.strike("X42", (engine.host,))
+            self._cluster.excuses.break_tokenizer(engine)
+
+    def forget(self) -> None:
+        """X46."""
+        engine = self._some_engine()
+        if engine is not None and engine.draining_until is None:
+            self._cover.strike("X46", (engine.host,))
+            external = self._clockwork.chance.random() < 0.5
+            engine.core.inbox.reset_prefix_cache(lambda: None, external=external)
+            engine.wake()
+
+    # Clients.
+
+    def disconnect(self) -> None:
+        """X33."""
+        self._abort("X33", 1)
+
+    def abort_twice(self) -> None:
+        """X36."""
+        self._abort("X36", 2)
+
+    def use_id_twice(self) -> None:
+        """X35.
+
+        Raises:
+            Broken: the engine took it.
+        """
+        clients = self._cluster.clients
+        asks = [ask for ask in clients.asks.values() if ask.engine.alive]
+        if asks:
+            ask = self._clockwork.chance.choice(asks)
+            request, refused = ask.request, clients.counts["refused"]
+            self._cover.strike("X35", (ask.engine.host,))
+            clients.ask(
+                ask.engine, request.prompt_token_ids[::-1], request.sampling, "", 0,
+                lambda params, ok: None, request_id=request.request_id,
+            )  # fmt: skip
+            if clients.counts["refused"] == refused and ask.request.request_id in clients.asks:
+                raise Broken("I15", f"{ask.engine.host}: an id in use was taken again")
+
+    def retry_storm(self) -> None:
+        """X37."""
+        engine = self._some_engine()
+        if engine is not None:
+            self._cover.strike("X37", (engine.host,))
+            self._cluster.clients.repeat(engine, 8)
+
+    def _abort(self, fault: str, times: int) -> None:
+        clients = self._cluster.clients
+        asks = [ask for ask in clients.asks.values() if ask.engine.alive and not ask.aborted]
+        asks = [ask for ask in asks if ask.engine.host in self._storm.rare] or asks
+        if asks:
+            ask = self._clockwork.chance.choice(asks)
+            self._cover.strike(fault, (ask.engine.host,))
+            for _ in range(times):
+                clients.abort(ask)
+
+    # How long they last.
+
+    def _ended(self, engine: SimEngine, spell: Spell) -> None:
+        self._cluster.laws.endings.ended(engine)
+        self._over(engine, spell)
+
+    def _over(self, engine: SimEngine, spell: Spell) -> None:
+        """A life is over; another begins some time later."""
+        self._cluster.clients.connection_lost(engine)
+        self._later(self._duration(0.1, RESTART_S), lambda: self.again(engine, spell))
+
+    def _for_a_while(
+        self, fault: str, where: dict[str, Spell], seconds: float, *, around: bool = False
+    ) -> None:
+        engine = self._some_engine()
+        if engine is not None:
+            hosts = self._cluster.around(engine.host) if around else (engine.host,)
+            self._lasts(fault, where, engine.host, hosts, seconds)
+
+    def _lasts(
+        self, fault: str, where: dict[Key, Spell], key: Key, hosts: Iterable[str], seconds: float
+    ) -> None:
+        if key in where:
+            return
+        where[key] = spell = self._cover.begin(fault, hosts)
+
+        def end() -> None:
+            self._cover.end(spell)
+            if where.get(key) is spell:
+                del where[key]
+
+        self._later(seconds, end)
+
+    def _duration(self, low: float, high: float) -> float:
+        return low * (high / low) ** self._clockwork.chance.random()
+
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        self._clockwork.after(seconds, "a fault ends", action)
+
+
+_STRIKE: dict[str, Callable[[Strikes], None]] = {
+    "X1": Strikes.kill,
+    "X3": Strikes.pause,
+    "X4": Strikes.slow,
+    "X5": Strikes.upgrade,
+    "X11": Strikes.cut,
+    "X12": Strikes.mute,
+    "X19": Strikes.write_late,
+    "X27": Strikes.flip_bit,
+    "X33": Strikes.disconnect,
+    "X35": Strikes.use_id_twice,
+    "X36": Strikes.abort_twice,
+    "X37": Strikes.retry_storm,
+    "X38": Strikes.jump_clock,
+    "X41": Strikes.ask_to_end,
+    "X42": Strikes.break_tokenizer,
+    "X43": Strikes.stall,
+    "X45": Strikes.no_files,
+    "X46": Strikes.forget,
+}

@@ -1,0 +1,55 @@
+"""An engine that ends too early, too late, or goes on taking requests is found out."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from jaxserve.drain import Await, Close, Drain
+from jaxserve.inbox import Inbox
+from jaxserve.sim.draw import draw
+from jaxserve.sim.world import Failed, World
+
+SEEDS = 60
+EVENTS = 500
+
+
+def _early(right: Any) -> Any:
+    """What is leased is not waited for."""
+    return lambda self, now, *, live, leases: right(self, now, live=live, leases=0)
+
+
+def _at_once(right: Any) -> Any:
+    """Nor are requests: they are told that the engine has stopped."""
+    return lambda self, now, *, live, leases: Close()
+
+
+def _late(right: Any) -> Any:
+    def look(self: Drain, now: float, *, live: int, leases: int) -> Any:
+        step = right(self, now, live=live, leases=leases)
+        return replace(step, seconds=step.seconds + 60.0) if isinstance(step, Await) else step
+
+    return look
+
+
+def _laws() -> set[str]:
+    laws = set()
+    for seed in range(SEEDS):
+        try:
+            World(seed, draw).run(EVENTS)
+        except Failed as failed:
+            laws.add(failed.law)
+            if failed.law == "I25":
+                break
+    return laws
+
+
+@pytest.mark.parametrize("wrong", [_early, _at_once, _late])
+def test_a_drain_that_does_not_wait_or_waits_too_long_is_noticed(monkeypatch: pytest.MonkeyPatch, wrong: Any):
+    monkeypatch.setattr(Drain, "look", wrong(Drain.look))
+    assert "I25" in _laws()
+
+
+def test_taking_requests_while_it_ends_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Inbox, "shut", lambda self: None)
+    assert "I25" in _laws()
