@@ -23,10 +23,20 @@ from scheduler.state import SchedulerState, Sequence
 Print = tuple[Any, ...] | str | bytes | int | float | bool | None
 
 
-def fingerprint(world: SmallWorld) -> bytes:
-    """The hash of a world between two events."""
-    parts = (
-        world.fault is not None,
+def fingerprint(world: SmallWorld) -> tuple[bytes, bytes]:
+    """The hash of a world between two events, and the hash that it would have had without its fault: the same
+    where it has had none."""
+    told = repr(_parts(world)).encode()
+    struck = b"" if world.fault is None else b"excused" if world.excused else b"struck"
+    return _hash(struck + told), _hash(told)
+
+
+def _hash(told: bytes) -> bytes:
+    return hashlib.blake2b(told, digest_size=16).digest()
+
+
+def _parts(world: SmallWorld) -> Print:
+    return (
         sorted(world.open),
         world.ended,
         [_engine(engine) for engine in world.engines.values()],
@@ -48,7 +58,6 @@ def fingerprint(world: SmallWorld) -> bytes:
         sorted(world.failed_steps),
         sorted(world.not_finite),
     )
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def _device(engine: SimEngine) -> SimDevice:
@@ -309,7 +318,7 @@ def _timers(world: SmallWorld) -> Print:
     events: list[Print] = []
     links: dict[str, list[Print]] = {host: [] for host in HOSTS}
     for timer in world.clockwork.pending:
-        if timer.cancelled or (timer.owner is not None and not timer.owner.alive):
+        if timer.cancelled or timer.idle or (timer.owner is not None and not timer.owner.alive):
             continue
         if timer.kind == "message":
             told = captured(timer.action)
@@ -319,7 +328,8 @@ def _timers(world: SmallWorld) -> Print:
             epoch = caller.end.epoch
             known = world.engines[caller.end.host]
             about = _call(number, known) if known.epoch == epoch else "a life that is over"
-            links[timer.to].append((timer.label, epoch, about, content))
+            here = timer.at < world.clockwork.now
+            links[timer.to].append((timer.label, epoch, about, content, here))
         else:
             whose = world.whose(timer)
             events.append((timer.label, whose, _after(timer.at, world.clockwork.now)))

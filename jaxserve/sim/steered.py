@@ -1,8 +1,8 @@
 """What steers a small world: its variants, what can happen, and a clockwork that does not run by itself."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from jaxserve.sim.clockwork import Clockwork, Owner, Timer
@@ -10,8 +10,9 @@ from jaxserve.sim.device import StepFate
 from jaxserve.sim.engine import RoundDriver, SimEngine, Weather
 from jaxserve.sim.fake_nixl import Fault
 
-SOON_S = 0.1
-"""What is due within so long can happen now, in any order."""
+GRID_S = 0.125
+"""Delays are whole multiples of it, so that moments have no tails; one below its half takes no time, and what
+is due at one moment happens in any order. It has no tails as a binary fraction either."""
 POLL_S = 4.0
 """Between rounds that only look. Whatever ends a transfer may bring one at once."""
 PAGE_SIZE, PAGES, MAX_LEN = 2, 3, 6
@@ -29,6 +30,8 @@ PARTS = frozenset(
         *(f"client {client}" for client in range(2)),
     )
 )
+CLIENTS = (frozenset(("client 0",)), frozenset(("client 1",)))
+"""What an event touches that concerns a client alone."""
 
 Choose = Callable[[list[str]], int]
 """Which of these happens?"""
@@ -112,9 +115,21 @@ def _done() -> None:
 
 
 class Scheduled(Timer):
-    """Attributes: kind: "message", "round" or "event"; to: of a message, the host that hears it."""
+    """Attributes:
+    kind: "message", "round" or "event".
+    to: of a message, the host that hears it.
+    answers: of a message that is an answer, who waits for it, and the number of the question.
+    """
 
-    __slots__ = ("kind", "to")
+    __slots__ = ("answers", "kind", "to")
+
+    @property
+    def idle(self) -> bool:
+        """Nothing would come of it: an answer that nobody waits for any more."""
+        if self.answers is None:
+            return False
+        caller, number = self.answers
+        return number not in caller._waiting
 
 
 class Steered(Clockwork):
@@ -128,13 +143,16 @@ class Steered(Clockwork):
         self, delay: float, label: str, action: Callable[[], None], owner: Owner | None = None
     ) -> Timer:
         """See `Clockwork`."""
-        timer = Scheduled(self.now + max(0.0, delay), label, action, owner)
+        steps = round(max(0.0, delay) / GRID_S)
+        timer = Scheduled(self.now + steps * GRID_S, label, action, owner)
         words = label.split()
-        timer.kind, timer.to = "event", ""
+        timer.kind, timer.to, timer.answers = "event", "", None
         if words[0] == "message":
             timer.kind, timer.to = "message", words[2].split(">")[1].split(":")[0]
         elif words[0] == "answer":
             timer.kind, timer.to = "message", getattr(owner, "host", "")
+            told = captured(action)
+            timer.answers = (told["caller"], told["number"])
         elif words[1:2] == ["round"]:
             timer.kind = "round"
         self.pending.append(timer)
@@ -145,7 +163,7 @@ class Steered(Clockwork):
         self.pending = [
             timer
             for timer in self.pending
-            if not timer.cancelled and (timer.owner is None or timer.owner.alive)
+            if not (timer.cancelled or timer.idle) and (timer.owner is None or timer.owner.alive)
         ]
 
     def take(self, timer: Scheduled) -> None:
@@ -181,8 +199,13 @@ def other(host: str) -> str:
 
 def captured(action: Callable[..., object]) -> Mapping[str, Any]:
     """What an event's closure holds."""
-    held = dict(inspect.getclosurevars(action).nonlocals)
-    defaults = getattr(action, "__kwdefaults__", None) or {}
-    names = getattr(action, "__code__").co_varnames  # noqa: B009
-    positional = getattr(action, "__defaults__", None) or ()
-    return {**held, **defaults, **dict(zip(names, positional, strict=False))}
+    if not isinstance(action, FunctionType):
+        return {}
+    code = action.__code__
+    held = {
+        name: cell.cell_contents
+        for name, cell in zip(code.co_freevars, action.__closure__ or (), strict=True)
+    }
+    held.update(action.__kwdefaults__ or {})
+    held.update(zip(code.co_varnames, action.__defaults__ or (), strict=False))
+    return held
