@@ -12,8 +12,8 @@ from kv.transfer_peer import Peer
 
 QUICK = ("lose", "overtaken", "transfer cannot be posted", "step fails")
 """Of a few seconds each; the others run in the slow phase."""
-LONG = ("stop", "clock")
-"""Of minutes: only by `python -m jaxserve.sim.exhaustive`."""
+LONG = ("stop",)
+"""Longer: only by `python -m jaxserve.sim.exhaustive`."""
 
 
 @pytest.fixture
