@@ -16,7 +16,7 @@ from scheduler.step import step
 from scheduler.types import Inputs, Limits, Outcome, Plan, Request, SamplingParams, SchedulerConfig
 
 PAGE = 16
-NIXL = ConnectorConfig(kind="NixlConnector", role="kv_both")
+NIXL = ConnectorConfig(kind="NixlConnector", role="kv_consumer")
 
 
 class Decoding:
