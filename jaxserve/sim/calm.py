@@ -25,6 +25,7 @@ def bound_s(
     engines: Iterable[SimEngine],
     asks: Iterable[Ask],
     *,
+    pace: float,
     coming_s: float,
     hanging: bool,
 ) -> float:
@@ -32,6 +33,7 @@ def bound_s(
 
     Args:
         asks: live requests.
+        pace: of steps, see `Storm`.
         coming_s: until the last event of an engine that is known now.
         hanging: some transfers never end by themselves.
     """
@@ -45,4 +47,4 @@ def bound_s(
     )
     ends_s = max(drains, default=-RESTART_S) + RESTART_S
     loads_s = 2 * (deadline_s + CALL_S + POLL_S) + AGENTS_AGAIN_S
-    return coming_s + ends_s + loads_s + lease_s + 2 * work_s + hanging * (QUARANTINE_S + POLL_S)
+    return coming_s + ends_s + loads_s + lease_s + 2 * pace * work_s + hanging * (QUARANTINE_S + POLL_S)

@@ -7,7 +7,6 @@ long all three stay together.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from math import inf
 
 from jaxserve.sim.engine import SimEngine
 from kv.moves import Lease
@@ -48,7 +47,7 @@ class Cover:
         """Args: engines: the current lives by host; looked at, never changed."""
         self.met: Met = Counter()
         self._engines, self._clock = engines, clock
-        self._last: dict[str, float] = {}
+        self._last: dict[str, dict[str, float]] = {}
         self._present: dict[str, frozenset[Found]] = {}
         self._lasting: dict[str, list[Spell]] = {}
 
@@ -94,15 +93,15 @@ class Cover:
 
     def touched(self, hosts: Iterable[str], since: float) -> bool:
         """Whether a fault that can make a load fail has struck one of these hosts since then, or lasts."""
-        return any(
-            self._last.get(host, -inf) >= since
-            or any(spell.fault not in HARMLESS for spell in self._lasting.get(host, ()))
-            for host in hosts
-        )
+        return any(fault not in HARMLESS for host in hosts for fault in self.struck(host, since))
+
+    def struck(self, host: str, since: float) -> set[str]:
+        """Faults that have struck a host since then, or have lasted there."""
+        lasting = {spell.fault for spell in self._lasting.get(host, ())}
+        return lasting | {fault for fault, at in self._last.get(host, {}).items() if at >= since}
 
     def _note(self, fault: str, host: str) -> None:
-        if fault not in HARMLESS:
-            self._last[host] = self._clock()
+        self._last.setdefault(host, {})[fault] = self._clock()
 
     def _here(self, host: str) -> frozenset[Found]:
         engine = self._engines.get(host)

@@ -16,6 +16,8 @@ KINDS = ("plain", "plain", "crowded", "mesh", "mesh", "thrashing", "thrashing")
 """Of worlds: in crowded ones and in meshes requests wait with fetched pages, in thrashing ones they are
 preempted. The engines of a mesh lend and borrow at the same time."""
 
+PACE = {"plain": 1.0, "crowded": 10.0, "mesh": 10.0, "thrashing": 4.0}
+"""Where steps are slow, transfers end while others decode."""
 SHARES = (0.2, 0.4, 0.7)
 """Of all faults, those that a plain world has."""
 MILD = (0.1, 0.2, 0.3)
@@ -80,7 +82,7 @@ def draw(clockwork: Clockwork) -> Setup:
             )
         )
         seqs = nodes[-1].scheduler.max_num_seqs
-        budget = chance.choice((seqs, 8, 16, 64))
+        budget = chance.choice((seqs, 8, 16, 64) if kind == "plain" else (8, 16, 64))
         limits = Limits(max_num_batched_tokens=max(budget, seqs), max_num_seqs=seqs)
         nodes[-1] = replace(nodes[-1], limits=limits)
     undigested = ("X17", "X18") if not timing["digest"] else ()
@@ -98,6 +100,7 @@ def draw(clockwork: Clockwork) -> Setup:
         rates=draw_rates(clockwork, chance.choice(SHARES if kind == "plain" else MILD), without=undigested),
         lasting=tuple(lasting),
         habits=_habits(chance, kind, max_model_len),
+        pace=PACE[kind],
         num_clients=chance.choice((3, 8, 16) if kind == "plain" else (12, 20)),
         offsets={node.name: chance.uniform(0.0, 3600.0) for node in nodes},
         drift={node.name: chance.uniform(0.99, 1.01) if drift else 1.0 for node in nodes},
@@ -114,7 +117,7 @@ def _seqs(chance: Random, kind: str, role: str) -> int:
 
 
 def _habits(chance: Random, kind: str, max_model_len: int) -> Habits:
-    most = chance.choice({"plain": (4, 16, 24), "thrashing": (28, 35)}.get(kind, (8, 16)))
+    most = chance.choice({"plain": (4, 16, 24), "thrashing": (28, 35)}.get(kind, (24, 32)))
     longest = chance.choice((8, 12)) if kind != "plain" else max_model_len - most - 1
     return Habits(
         documents=tuple(

@@ -12,28 +12,39 @@ from jaxserve.sim.clockwork import Clockwork
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A kind of fault. Attributes: low, high: its rate is drawn between them, evenly in the logarithm."""
+    """A kind of fault.
+
+    Attributes:
+        low, high: its rate is drawn between them, evenly in the logarithm.
+        boost: so many times more often does it strike where a request is in a state that is seldom reached;
+            less for what ends that state.
+    """
 
     name: str
     low: float
     high: float
+    boost: float = 8.0
 
 
 STRIKES = {
-    "X1": Kind(name="an engine is killed, and X2 comes back at its address", low=0.0015, high=0.01),
+    "X1": Kind(
+        name="an engine is killed, and X2 comes back at its address", low=0.0015, high=0.01, boost=3.0
+    ),
     "X3": Kind(name="an engine is stopped for a while", low=0.001, high=0.008),
     "X4": Kind(name="an engine is 100 times slower for a while", low=0.001, high=0.006),
-    "X5": Kind(name="an engine comes back with another version of the model", low=0.001, high=0.006),
+    "X5": Kind(
+        name="an engine comes back with another version of the model", low=0.001, high=0.006, boost=3.0
+    ),
     "X11": Kind(name="one direction between two hosts is cut for a while", low=0.001, high=0.01),
     "X12": Kind(name="a host's answers are lost for a while", low=0.001, high=0.008),
     "X19": Kind(name="transfers given up write late", low=0.02, high=0.2),
     "X27": Kind(name="a bit flips in host memory", low=0.002, high=0.02),
-    "X33": Kind(name="a client goes away", low=0.002, high=0.03),
+    "X33": Kind(name="a client goes away", low=0.002, high=0.03, boost=3.0),
     "X35": Kind(name="a request id is used twice", low=0.002, high=0.02),
-    "X36": Kind(name="a request is aborted twice", low=0.002, high=0.02),
+    "X36": Kind(name="a request is aborted twice", low=0.002, high=0.02, boost=3.0),
     "X37": Kind(name="a client repeats its request at once, many times", low=0.001, high=0.005),
     "X38": Kind(name="an engine's clock jumps by an hour", low=0.0006, high=0.004),
-    "X41": Kind(name="an engine is asked to end", low=0.0015, high=0.01),
+    "X41": Kind(name="an engine is asked to end", low=0.0015, high=0.01, boost=3.0),
     "X42": Kind(name="an engine's tokenizer fails", low=0.001, high=0.01),
     "X43": Kind(name="an engine's loop stalls for five seconds", low=0.002, high=0.012),
     "X45": Kind(name="an engine can open no file for a while", low=0.001, high=0.008),
@@ -54,13 +65,15 @@ CHANCES = {
     "X18": Kind(name="a transfer is done, and has written nothing", low=0.05, high=0.5),
     "X21": Kind(name="transfers end in another order", low=0.2, high=0.8),
     "X22": Kind(name="a confirmation or a release is lost, or comes twice", low=0.02, high=0.4),
-    "X25": Kind(name="a copy to or from host memory fails", low=0.01, high=0.3),
-    "X26": Kind(name="a step finds no memory", low=0.004, high=0.03),
-    "X28": Kind(name="a step raises", low=0.004, high=0.03),
+    "X25": Kind(name="a copy to or from host memory fails", low=0.05, high=0.5),
+    "X26": Kind(name="a step finds no memory", low=0.004, high=0.03, boost=3.0),
+    "X28": Kind(name="a step raises", low=0.004, high=0.03, boost=3.0),
     "X29": Kind(name="a step takes 100 times longer", low=0.01, high=0.08),
-    "X30": Kind(name="a step's logits are no numbers", low=0.004, high=0.04),
+    "X30": Kind(name="a step's logits are no numbers", low=0.004, high=0.04, boost=3.0),
     "X31": Kind(name="a step takes a minute, to compile", low=0.006, high=0.04),
-    "X32": Kind(name="a step fails and the donated pool is lost, or it moves", low=0.004, high=0.03),
+    "X32": Kind(
+        name="a step fails and the donated pool is lost, or it moves", low=0.004, high=0.03, boost=3.0
+    ),
     "X40": Kind(name="a timer fires late", low=0.01, high=0.2),
 }
 """A probability per opportunity."""

@@ -16,6 +16,7 @@ class Setup:
         prefill, decode: names of those that a split request can go to.
         rates: of faults.
         lasting: properties of this world that count as faults, and the hosts that they concern.
+        pace: of steps, see `Storm`.
         offsets, drift: of engines' clocks, by name.
     """
 
@@ -27,5 +28,6 @@ class Setup:
     lasting: tuple[tuple[str, tuple[str, ...]], ...]
     habits: Habits
     num_clients: int
+    pace: float
     offsets: dict[str, float]
     drift: dict[str, float]

@@ -8,12 +8,10 @@ from jaxserve.sim.cover import Cover, Spell
 from jaxserve.sim.device import StepFate
 from jaxserve.sim.engine import SimEngine, Weather
 from jaxserve.sim.fake_nixl import Fault, Posted
+from jaxserve.sim.faults import CHANCES
 from jaxserve.sim.wire import Fate
 from kv.wire import Confirm, Confirmed, Done, DoneAnswer, Hello, Message, Welcome
 from scheduler.types import Plan
-
-RARE_BOOST = 4.0
-"""So many times more often do faults strike hosts that have a request in a state that is seldom reached."""
 
 _VOUCHES = Confirm | Confirmed | Done | DoneAnswer
 
@@ -37,8 +35,12 @@ class Storm(Weather):
         posted: a transfer has been posted since somebody looked.
     """
 
-    def __init__(self, clockwork: Clockwork, rates: dict[str, float], cover: Cover) -> None:
+    def __init__(
+        self, clockwork: Clockwork, rates: dict[str, float], cover: Cover, *, pace: float = 1.0
+    ) -> None:
+        """Args: pace: steps take so many times as long as the fastest."""
         self.rates = rates
+        self._pace = pace
         self.cut: dict[tuple[str, str], Spell] = {}
         self.mute: dict[str, Spell] = {}
         self.slow: dict[str, Spell] = {}
@@ -103,7 +105,7 @@ class Storm(Weather):
         """Whether a fault strikes now; more often where a request is in a rare state."""
         rate = self.rates.get(fault, 0.0)
         if rate and not self.rare.isdisjoint(hosts):
-            rate = min(0.8, rate * RARE_BOOST)
+            rate = min(0.8, rate * CHANCES[fault].boost)
         return self._clockwork.happens(rate)
 
     def hits(self, fault: str, *hosts: str) -> bool:
@@ -117,7 +119,7 @@ class Storm(Weather):
 
     def step_seconds(self, engine: SimEngine, plan: Plan) -> float:
         """See `Weather`."""
-        seconds = 0.002 + 0.0005 * int(plan.rows.lens.sum())
+        seconds = self._pace * (0.002 + 0.0005 * int(plan.rows.lens.sum()))
         if self.hits("X31", engine.host):
             return 60.0
         if self.hits("X29", engine.host):

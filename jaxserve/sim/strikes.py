@@ -13,10 +13,12 @@ from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
 from jaxserve.sim.faults import STRIKES
 from jaxserve.sim.laws import Laws
-from jaxserve.sim.storm import RARE_BOOST, Storm
+from jaxserve.sim.storm import Storm
 
 Key = TypeVar("Key")
 
+LATE = frozenset(("X4", "X40", "X43"))
+"""Faults after which what an engine does comes late."""
 RESTART_S = 20.0
 """An engine that has ended begins its next life within so long."""
 
@@ -59,10 +61,10 @@ class Strikes:
         """One fault, or none; more often where a request is in a rare state."""
         clockwork = self._clockwork
         draw = clockwork.chance.random()
-        if self._storm.rare:
-            draw /= RARE_BOOST
         for fault, rate in self._storm.rates.items():
             if fault in STRIKES:
+                if self._storm.rare:
+                    rate *= STRIKES[fault].boost
                 if draw < rate:
                     clockwork.note(f"fault {fault}")
                     clockwork.last.append(f"{clockwork.now:12.6f} FAULT {fault}")
@@ -153,7 +155,8 @@ class Strikes:
             asks = self._cluster.clients.asks.values()
             live = [ask.request.request_id for ask in asks if ask.engine is engine]
             self._cluster.laws.endings.asked(engine, live)
-            engine.drain(self._duration(0.5, 30.0), lambda ended: self._ended(ended, spell))
+            asked = self._clockwork.now
+            engine.drain(self._duration(0.5, 30.0), lambda ended: self._ended(ended, spell, asked))
 
     def stall(self) -> None:
         """X43; it is counted when the loop stalls."""
@@ -254,7 +257,9 @@ class Strikes:
 
     # How long they last.
 
-    def _ended(self, engine: SimEngine, spell: Spell) -> None:
+    def _ended(self, engine: SimEngine, spell: Spell, asked: float) -> None:
+        if not LATE.isdisjoint(self._cover.struck(engine.host, asked)):
+            self._cluster.laws.endings.disturbed(engine)
         self._cluster.laws.endings.ended(engine)
         self._over(engine, spell)
 

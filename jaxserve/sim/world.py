@@ -76,7 +76,7 @@ class World:
         self.lives: list[SimEngine] = []
         self.nodes = {node.name: node for node in setup.nodes}
         self.cover = Cover(self.engines, lambda: self.clockwork.now)
-        self.storm = Storm(self.clockwork, dict(setup.rates), self.cover)
+        self.storm = Storm(self.clockwork, dict(setup.rates), self.cover, pace=setup.pace)
         self.nixl = FakeNixlNetwork(clock=lambda: self.clockwork.now, draw=self.storm.transfer)
         self.wire = SimWire(self.clockwork, self.storm.judge, self.storm.refuses)
         self.laws = Laws(Names(setup.model), self.nixl)
@@ -244,6 +244,7 @@ class World:
             self.setup.nodes,
             self.engines.values(),
             self.clients.asks.values(),
+            pace=self.setup.pace,
             coming_s=self.clockwork.coming_s,
             hanging=hanging,
         )

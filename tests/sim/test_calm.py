@@ -10,13 +10,13 @@ def test_the_bound_grows_with_what_is_to_come():
     for seed in range(6):
         world = World(seed, draw)
         nodes, engines = world.setup.nodes, world.engines.values()
-        idle = bound_s(nodes, engines, (), coming_s=0.0, hanging=False)
+        idle = bound_s(nodes, engines, (), pace=1.0, coming_s=0.0, hanging=False)
         longest = max(leaf.lease_s + leaf.transfer_timeout_s for node in nodes if (leaf := node.nixl))
         assert longest < idle < longest + 120.0
-        assert bound_s(nodes, engines, (), coming_s=60.0, hanging=False) == idle + 60.0
-        assert bound_s(nodes, engines, (), coming_s=0.0, hanging=True) > idle + QUARANTINE_S
+        assert bound_s(nodes, engines, (), pace=1.0, coming_s=60.0, hanging=False) == idle + 60.0
+        assert bound_s(nodes, engines, (), pace=1.0, coming_s=0.0, hanging=True) > idle + QUARANTINE_S
         world.clients.begin(8)
         while not world.clients.asks:
             world.clockwork.run_one()
         asks = world.clients.asks.values()
-        assert bound_s(nodes, engines, asks, coming_s=0.0, hanging=False) > idle
+        assert bound_s(nodes, engines, asks, pace=1.0, coming_s=0.0, hanging=False) > idle
