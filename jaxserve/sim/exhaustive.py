@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jaxserve.sim.fingerprint import fingerprint
+from jaxserve.sim.small_events import option, options
 from jaxserve.sim.small_world import SmallWorld
 from jaxserve.sim.snapshot import Snapshot
 from jaxserve.sim.steered import FAULTS, HOSTS, Option, Variant
@@ -167,7 +168,7 @@ def explore(
             steps.append([event.label])
             try:
                 world = node.again()
-                world.happen(event.label, choices)
+                world.happen(option(world, event.label), choices)
                 steps[-1] += choices.labels
                 node.next(choices)
                 world.check()
@@ -184,7 +185,7 @@ def explore(
                 look(events, len(seen))
                 if (only is not None and not only) or not _begin(world, path, asleep, only):
                     runs += 1
-                    if only is None and not world.options():
+                    if only is None and not options(world):
                         world.finish()
                         ends += 1
                         last.add(unstruck)
@@ -214,9 +215,9 @@ def _begin(
 ) -> bool:
     """Makes a state the path's next. False: nothing is to be tried in it."""
     events = [
-        option.bare()
-        for option in world.options()
-        if option.label not in asleep and (only is None or option.label in only)
+        found.bare()
+        for found in options(world)
+        if found.label not in asleep and (only is None or found.label in only)
     ]
     if not events:
         return False

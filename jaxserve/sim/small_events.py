@@ -16,10 +16,10 @@ What can come:
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.laws import Broken
+from jaxserve.sim.small_world import SmallWorld
 from jaxserve.sim.steered import (
     CLIENTS,
     ENGINE_FAULTS,
@@ -37,22 +37,37 @@ from jaxserve.sim.steered import (
 )
 from kv.channel import ChannelError
 
-if TYPE_CHECKING:
-    from jaxserve.sim.small_world import SmallWorld
+
+def options(world: SmallWorld) -> list[Option]:
+    """All that can happen now; empty: it is over, and nothing is left.
+
+    Raises:
+        Broken: it does not end.
+    """
+    world.clockwork.sweep()
+    return [] if world.quiet() else _Coming(world).options()
 
 
-class Coming:
-    """Of one world."""
+def option(world: SmallWorld, label: str) -> Option:
+    """That which is called so. Labels are the same in a world and in its copies; options are not.
 
-    def __init__(self, world: "SmallWorld") -> None:
+    Raises:
+        LookupError: nothing of this name can happen now.
+    """
+    for found in options(world):
+        if found.label == label:
+            return found
+    raise LookupError(label)
+
+
+class _Coming:
+    """Of one world that is not over."""
+
+    def __init__(self, world: SmallWorld) -> None:
         self._world = world
 
     def options(self) -> list[Option]:
-        """All that can happen now; empty: it is over, and nothing is left.
-
-        Raises:
-            Broken: it does not end.
-        """
+        """All that can happen now."""
         found = [*self._due()]
         if self._world.hasty:
             told = [option for option in found if option.touches in CLIENTS]

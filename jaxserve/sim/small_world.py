@@ -18,7 +18,6 @@ from jaxserve.sim.fake_nixl import FakeNixlNetwork, Fault, Posted
 from jaxserve.sim.hash_model import HEAD_DIM, HEADS, ITEM, LAYERS, HashModel
 from jaxserve.sim.laws import Broken, Laws, Names, no_leak
 from jaxserve.sim.recount import Recount
-from jaxserve.sim.small_events import Coming
 from jaxserve.sim.steered import (
     DIGEST_FINDS,
     HOSTS,
@@ -110,7 +109,6 @@ class SmallWorld:
             weather=Calm(),
             tokenizer=_tokenizer(),
         )
-        self._coming = Coming(self)
         for name in HOSTS:
             self.start(name)
         self._ask()
@@ -124,19 +122,10 @@ class SmallWorld:
             name.startswith(("transfer", "step")) for name in self.variant.faults
         )
 
-    def options(self) -> list[Option]:
-        """All that can happen now; empty: it is over, and nothing is left.
-
-        Raises:
-            Broken: it does not end.
-        """
-        self.clockwork.sweep()
-        return [] if self._quiet() else self._coming.options()
-
-    def happen(self, label: str, choose: Choose) -> None:
+    def happen(self, option: Option, choose: Choose) -> None:
         """An event happens. `choose`: decides what it does where it can do several things."""
         self.choose = choose
-        next(option for option in self.options() if option.label == label).action()
+        option.action()
         self.choose = _first
 
     def _draw_transfer(self, posted: Posted) -> Fault:
@@ -221,7 +210,8 @@ class SmallWorld:
         if sums != counted:
             raise Broken("I11", f"{engine.host}: requests sum to {sums}, counters say {counted}")
 
-    def _quiet(self) -> bool:
+    def quiet(self) -> bool:
+        """It is over, and nothing is left."""
         if None in self.ended or any(timer.kind == "message" for timer in self.clockwork.pending):
             return False
         for engine in self.engines.values():

@@ -4,6 +4,7 @@ import gc
 import random
 
 from jaxserve.sim.fingerprint import fingerprint
+from jaxserve.sim.small_events import option, options
 from jaxserve.sim.small_world import SmallWorld
 from jaxserve.sim.snapshot import Snapshot
 from jaxserve.sim.steered import Variant
@@ -20,21 +21,19 @@ def test_a_world_brought_back_is_as_it_was_and_goes_on_as_it_did():
         with Complaints() as complaints:
             world = SmallWorld(Variant(outputs=2, faults=("kill", "stop", "lose")), complaints)
             for _ in range(40):
-                options = world.options()
-                if not options:
+                coming = options(world)
+                if not coming:
                     break
                 before, snapshot = fingerprint(world), Snapshot(world)
-                label = chance.choice(options).label
-                world.happen(label, first)
+                label = chance.choice(coming).label
+                world.happen(option(world, label), first)
                 world.check()
                 after = fingerprint(world)
                 for _ in range(2):  # as often as one likes
                     world = snapshot.back()
                     assert fingerprint(world) == before
-                    assert [option.label for option in world.options()] == [
-                        option.label for option in options
-                    ]
-                    world.happen(label, first)
+                    assert [each.label for each in options(world)] == [each.label for each in coming]
+                    world.happen(option(world, label), first)
                     world.check()
                     assert fingerprint(world) == after
 
