@@ -7,7 +7,7 @@ from jaxserve.sim.cover import Cover
 from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.expect import SimTokenizer
 from kv.moves import LOAD_FAILED
-from scheduler.types import FinishReason, Inputs, Plan
+from scheduler.types import FinishReason, Inputs, Plan, Request
 
 AFTERMATH_S = 30.0
 """What a fault has begun may make a load fail so long after it: a late timer, an agent that is deleted for
@@ -27,7 +27,8 @@ class Excuses:
         """Args: engines: the current lives by host. given: changed here, read by clients."""
         self.given = given
         self._cover, self._engines = cover, engines
-        self._came: dict[tuple[str, str], tuple[float, tuple[str, ...]]] = {}
+        self._came: dict[tuple[str, str], tuple[float, Request]] = {}
+        self._begun: dict[str, float] = {}
         self._tokenizers: dict[str, SimTokenizer] = {}
         self._turns_left: dict[str, int] = {}
 
@@ -52,22 +53,33 @@ class Excuses:
             Broken: a load failed, and no fault has struck the two hosts about when its request came or later.
         """
         epoch = engine.epoch
+        asked = self._begun.pop(epoch, now)  # it may have come while the last step was under way
+        if len(plan.rows):
+            self._begun[epoch] = now
         for request in inputs.arrivals:
-            peer = () if request.remote is None else (request.remote.host,)
-            self._came[epoch, request.request_id] = (now, (engine.host, *peer))
+            self._came[epoch, request.request_id] = (asked, request)
         for entry in plan.finished:
             if entry.reason is FinishReason.ERROR and entry.message == LOAD_FAILED:
-                since, hosts = self._came[epoch, entry.request_id]
-                versions = {self._engines[host].node.scheduler.cache_key for host in hosts}
-                if len(versions) == 1 and not self._cover.touched(hosts, since - AFTERMATH_S):
-                    where = " and ".join(hosts)
-                    raise Broken("I17", f"{entry.request_id}: its load failed without a fault at {where}")
+                since, request = self._came[epoch, entry.request_id]
+                if not self._explained(engine, request, since):
+                    raise Broken("I17", f"{engine.host}: {entry.request_id}: its load failed without a fault")
         left = self._turns_left.get(epoch)
         if left is not None:
             self._turns_left[epoch] = left - 1
             if left == 0:
                 del self._turns_left[epoch]
                 self.given.discard((epoch, "tokenizer"))
+
+    def _explained(self, engine: SimEngine, request: Request, since: float) -> bool:
+        """Whether the peer has begun another life, is of another version, or a fault has struck one of the
+        two hosts."""
+        remote = request.remote
+        hosts = (engine.host,) if remote is None else (engine.host, remote.host)
+        if remote is not None:
+            peer = self._engines[remote.host]
+            if peer.epoch != remote.epoch or peer.node.scheduler.cache_key != engine.node.scheduler.cache_key:
+                return True
+        return self._cover.touched(hosts, since - AFTERMATH_S)
 
     def _failed(self, epoch: str) -> None:
         self.given.add((epoch, "tokenizer"))
