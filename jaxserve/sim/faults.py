@@ -18,12 +18,14 @@ class Kind:
         low, high: its rate is drawn between them, evenly in the logarithm.
         boost: so many times more often does it strike where a request is in a state that is seldom reached;
             less for what ends that state.
+        weight: so many times more often than others does a world have it.
     """
 
     name: str
     low: float
     high: float
     boost: float = 8.0
+    weight: float = 1.0
 
 
 STRIKES = {
@@ -37,7 +39,7 @@ STRIKES = {
     ),
     "X11": Kind(name="one direction between two hosts is cut for a while", low=0.001, high=0.01),
     "X12": Kind(name="a host's answers are lost for a while", low=0.001, high=0.008),
-    "X19": Kind(name="transfers given up write late", low=0.02, high=0.2, boost=16.0),
+    "X19": Kind(name="transfers given up write late", low=0.02, high=0.2, boost=16.0, weight=2.0),
     "X27": Kind(name="a bit flips in host memory", low=0.002, high=0.02, boost=16.0),
     "X33": Kind(name="a client goes away", low=0.002, high=0.03, boost=3.0),
     "X35": Kind(name="a request id is used twice", low=0.002, high=0.02),
@@ -58,10 +60,10 @@ CHANCES = {
     "X9": Kind(name="messages overtake each other", low=0.05, high=0.5),
     "X10": Kind(name="a message arrives twice", low=0.01, high=0.3),
     "X13": Kind(name="a handshake is cut short, or (more rarely) another message", low=0.1, high=0.6),
-    "X14": Kind(name="a transfer cannot be posted", low=0.1, high=0.6, boost=16.0),
+    "X14": Kind(name="a transfer cannot be posted", low=0.1, high=0.6, boost=16.0, weight=3.0),
     "X15": Kind(name="a transfer never ends", low=0.04, high=0.4),
     "X16": Kind(name="a transfer fails after it has written a part", low=0.05, high=0.5),
-    "X17": Kind(name="a transfer is done, with a bit flipped", low=0.05, high=0.5, boost=16.0),
+    "X17": Kind(name="a transfer is done, with a bit flipped", low=0.05, high=0.5, boost=16.0, weight=1.5),
     "X18": Kind(name="a transfer is done, and has written nothing", low=0.05, high=0.5, boost=16.0),
     "X21": Kind(name="transfers end in another order", low=0.2, high=0.8),
     "X22": Kind(name="a confirmation or a release is lost, or comes twice", low=0.02, high=0.4),
@@ -70,7 +72,7 @@ CHANCES = {
     "X28": Kind(name="a step raises", low=0.004, high=0.03, boost=8.0),
     "X29": Kind(name="a step takes 100 times longer", low=0.01, high=0.08),
     "X30": Kind(name="a step's logits are no numbers", low=0.004, high=0.04, boost=8.0),
-    "X31": Kind(name="a step takes a minute, to compile", low=0.006, high=0.04),
+    "X31": Kind(name="a step takes a minute, to compile", low=0.006, high=0.04, weight=2.0),
     "X32": Kind(
         name="a step fails and the donated pool is lost, or it moves", low=0.004, high=0.03, boost=8.0
     ),
@@ -95,7 +97,7 @@ def draw_rates(clockwork: Clockwork, share: float, without: Iterable[str] = ()) 
     chance = clockwork.chance
     rates = {}
     for fault, kind in (*STRIKES.items(), *CHANCES.items()):
-        drawn = chance.random() < share
+        drawn = chance.random() < share * kind.weight
         rate = kind.low * (kind.high / kind.low) ** chance.random()
         if drawn and fault not in without:
             rates[fault] = rate
