@@ -10,6 +10,7 @@ from kv.types import DUMMY_PAGE
 from scheduler.fill import Batch, take_pages
 from scheduler.loads import (
     attribute,
+    let_peer_go,
     lookup,
     meet_peer,
     not_loaded,
@@ -132,6 +133,7 @@ def admit(state: SchedulerState, batch: Batch, limits: Limits) -> list[Admitted]
         needed = max(needed, pages_to_load(state, offers))
         growth = len(state.config.windows) if state.running else 0
         if needed + idle + reserved + growth > state.pages.available:
+            _break_circle(state)
             break
         heapq.heappop(state.waiting)
         before = state.pages.available
@@ -152,6 +154,17 @@ def admit(state: SchedulerState, batch: Batch, limits: Limits) -> list[Admitted]
     for sequence in later:
         push_waiting(state, sequence)
     return admitted
+
+
+def _break_circle(state: SchedulerState) -> None:
+    """Pages are short, leases hold them, and nothing runs or loads that would give any back. Who is to read
+    those leases may wait in this very queue, or at an engine whose own leases are to be read here: each keeps
+    the other's alive. So the first that waits for a peer goes on without it, which ends a lease there."""
+    if state.running or state.loading or state.fetched or not state.ledger.num_leases:
+        return
+    first = min(state.remotes.values(), key=lambda sequence: sequence.order, default=None)
+    if first is not None:
+        let_peer_go(state, first)
 
 
 def _seats(state: SchedulerState, limits: Limits) -> int:

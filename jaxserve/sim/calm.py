@@ -16,6 +16,8 @@ from scheduler.admit import total_tokens
 
 STEP_S, TOKEN_S = 0.004, 0.0005
 """Of a step when it is calm, its turn's lateness among them, and of each of its tokens."""
+AGAIN = 2
+"""What fails once, or waits behind what fails, may take as long again."""
 POLL_S = 3.0
 """Between looks at a transfer that goes on for long."""
 
@@ -47,4 +49,5 @@ def bound_s(
     )
     ends_s = max(drains, default=-RESTART_S) + RESTART_S
     loads_s = 2 * (deadline_s + CALL_S + POLL_S) + AGENTS_AGAIN_S
-    return coming_s + ends_s + loads_s + lease_s + 2 * pace * work_s + hanging * (QUARANTINE_S + POLL_S)
+    hangs_s = hanging * (QUARANTINE_S + POLL_S)
+    return AGAIN * (coming_s + ends_s + loads_s + lease_s + 2 * pace * work_s + hangs_s)

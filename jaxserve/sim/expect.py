@@ -1,6 +1,6 @@
 """What a request must bring, worked out without an engine: its tokens, its text, and why it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,6 +31,11 @@ def vocabulary() -> Vocab:
         chat_template=None,
         special_tokens={"eos_token": "<end>"},
     )
+
+
+def text_of(tokens: Sequence[int]) -> str:
+    """The text of tokens, whatever becomes of the tokenizers that engines have."""
+    return Tokenizer(vocabulary()).decode(tokens)
 
 
 class SimTokenizer(Tokenizer):

@@ -64,7 +64,7 @@ CHANCES = {
     "X15": Kind(name="a transfer never ends", low=0.04, high=0.4),
     "X16": Kind(name="a transfer fails after it has written a part", low=0.05, high=0.5),
     "X17": Kind(name="a transfer is done, with a bit flipped", low=0.05, high=0.5, boost=16.0, weight=1.5),
-    "X18": Kind(name="a transfer is done, and has written nothing", low=0.05, high=0.5, boost=16.0),
+    "X18": Kind(name="a transfer is done, and has written nothing", low=0.05, high=0.5, boost=16.0, weight=2),
     "X21": Kind(name="transfers end in another order", low=0.2, high=0.8),
     "X22": Kind(name="a confirmation or a release is lost, or comes twice", low=0.02, high=0.4),
     "X25": Kind(name="a copy to or from host memory fails", low=0.05, high=0.5),

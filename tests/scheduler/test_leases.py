@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kv.moves import Lease, LeaseRead, LeaseTouched, Unlease
+from kv.moves import Lease, LeaseRead, LeaseTouched, Unlease, Untrack
 from scheduler.types import FinishReason, Stop
 from tests.scheduler.test_loads import Hand
 from tests.scheduler.test_moves import LIMITS, NIXL_D, NIXL_P, OFFLOAD, SIMPLE, config, finished, multi
@@ -180,3 +180,31 @@ def test_a_lease_command_comes_before_its_end():
     for _ in range(60):
         commands += world.step().moves.commands
     assert [type(command) for command in commands] == [Lease, Unlease]
+
+
+def test_leases_and_those_who_wait_for_a_peer_do_not_keep_each_other_for_ever():
+    """An engine of both roles: what it has leased leaves no room for what it is to read, and whoever reads
+    the lease may wait for just that."""
+    world, _ = leased(replace(PRODUCER, role="kv_both"), prompt=20, pages=9)
+    tokens = range(40, 60)
+    asked = replace(request("b", tokens, max_tokens=2), remote=world.remote("b", tokens))
+    plans = [world.step(arrivals=(asked,), events=(LeaseTouched(request_ids=("a",), at_s=world.now),))]
+    while not any(isinstance(command, Untrack) for command in plans[-1].moves.commands):
+        assert len(plans) < 4, "it waits for its peer"
+        plans.append(world.step(events=(LeaseTouched(request_ids=("a",), at_s=world.now),)))
+    assert ("b", 0) not in world.finished and "a" in world.leases
+    world.step(events=(LeaseRead(request_id="a", at_s=world.now),))
+    world.settle()
+    assert finished(world, "b").reason is FinishReason.LENGTH and world.counts["loaded"] == 0
+    assert world.prefilled["b"].external_kv_transfer == 0
+
+
+def test_a_peer_is_kept_while_something_runs_that_will_give_pages_back():
+    world, _ = leased(replace(PRODUCER, role="kv_both"), prompt=12, pages=9)
+    tokens = range(40, 56)
+    running = request("c", range(70, 78), max_tokens=6, ignore_eos=True)
+    asked = replace(request("b", tokens, max_tokens=2), remote=world.remote("b", tokens))
+    plan = world.step(arrivals=(running, asked), events=(LeaseTouched(request_ids=("a",), at_s=world.now),))
+    while ("c", 0) not in world.finished:
+        assert not any(isinstance(command, Untrack) for command in plan.moves.commands)
+        plan = world.step(events=(LeaseTouched(request_ids=("a",), at_s=world.now),))
