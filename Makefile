@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 PIP_ARGS ?=
 SEEDS ?= 1000
 # How often every fault must meet requests in every state, in `make simulate`.
-LEAST ?= 10
+LEAST ?= 100
 # Which part of the suite `make test-matrix` runs: arguments for pytest.
 MATRIX_TESTS ?= -m "not slow"
 
