@@ -168,14 +168,7 @@ class SmallWorld:
         if self.clients.broken is not None:
             raise self.clients.broken
         self.complaints.check(self.clients.excuses)
-        alive = [engine for engine in self.engines.values() if engine.alive]
-        self.laws.check_transfers(alive)
-        for engine in alive:
-            if engine.turned:
-                self.laws.check(engine)
-            if engine.touched:
-                self.laws.check_content(engine)
-            engine.turned = engine.touched = False
+        self.laws.look(self.engines.values())
 
     def finish(self) -> None:
         """Raises: Broken: something is left, or a request ended otherwise than it must."""
@@ -184,7 +177,7 @@ class SmallWorld:
                 self.laws.check(engine)
                 self.laws.check_content(engine)
                 no_leak(engine)
-                self._sums(engine)
+                self.laws.sums(engine, self.recounts[engine.epoch])
         for client, how in enumerate(self.ended):
             if how != "right" and not self.excused:
                 raise Broken("I17", f"request {client} ended as {how!r}; the fault is {self.fault!r}")
@@ -197,18 +190,6 @@ class SmallWorld:
         if self.variant.failure_policy == "fail":
             return True
         return self.fault.startswith(("kill", "leave", "step fails", "step gives"))
-
-    def _sums(self, engine: SimEngine) -> None:
-        """I11: requests sum to what the counters say."""
-        stats, each = engine.core.stats.prompts, self.recounts[engine.epoch].prefilled.values()
-        counted = (stats.computed, stats.local_cache_hit, stats.external_kv_transfer)
-        sums = (
-            sum(one.local_compute for one in each),
-            sum(one.local_cache_hit for one in each),
-            sum(one.external_kv_transfer for one in each),
-        )
-        if sums != counted:
-            raise Broken("I11", f"{engine.host}: requests sum to {sums}, counters say {counted}")
 
     def quiet(self) -> bool:
         """It is over, and nothing is left."""
