@@ -39,7 +39,7 @@ class Close:
     """Nothing is waited for any more."""
 
 
-Step = Await | AbortAll | Close
+Order = Await | AbortAll | Close
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Drain:
         """By the engine's clock: it closes until then, or as soon afterwards as it is looked at."""
         return self.until + TELL_S if self.tell_until is None else self.tell_until
 
-    def look(self, now: float, *, live: int, leases: int) -> Step:
+    def look(self, now: float, *, live: int, leases: int) -> Order:
         """What to do next.
 
         Args:
