@@ -1,6 +1,6 @@
 """Pages that connectors copy out of the pool."""
 
-from collections.abc import Sequence as List
+from collections import abc
 from typing import overload
 
 import numpy as np
@@ -17,7 +17,7 @@ FREE_IS_PLENTY = 64
 """Free pages with which nothing is about to be evicted."""
 
 
-class Names(List[bytes]):
+class Names(abc.Sequence[bytes]):
     """Names of a sequence's leading pages, not copied: its list of names only grows, behind the root's."""
 
     __slots__ = ("_count", "_names")
@@ -37,7 +37,7 @@ class Names(List[bytes]):
         return self._names[places] if isinstance(places, int) else [self._names[place] for place in places]
 
 
-class Table(List[int]):
+class Table(abc.Sequence[int]):
     """A row of a page table, not copied: what is read of it becomes plain integers."""
 
     __slots__ = ("_row",)
@@ -57,7 +57,7 @@ class Table(List[int]):
 
 
 def offer_pages(
-    state: SchedulerState, sequence: Sequence, tables: List[List[int]], first: int, last: int
+    state: SchedulerState, sequence: Sequence, tables: abc.Sequence[abc.Sequence[int]], first: int, last: int
 ) -> None:
     """Offers pages that became full and computed to the connectors."""
     if state.connector is None or last <= first:
