@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
+from jaxserve.dispatch import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.inbox import Arrived, Inbox
 from jaxserve.movers import Movers
 from jaxserve.outputs import RequestRefused

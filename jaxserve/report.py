@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.device import Dispatch, Executed
+from jaxserve.dispatch import Dispatch, Executed
 from jaxserve.movers import Movers
 from jaxserve.outputs import Delta, TokenLogprobs
 from jaxserve.report_moves import observe_moves

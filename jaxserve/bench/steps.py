@@ -32,7 +32,7 @@ from jaxserve.bench.options import at_least
 from jaxserve.bench.pair import Pair, PairError, measure_pair
 from jaxserve.bench.tables import grid, number
 from jaxserve.config import EngineConfig
-from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
+from jaxserve.dispatch import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.loop import EngineLoop
 from jaxserve.outputs import Delta
 from jaxserve.sim.costs import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
+from jaxserve.dispatch import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.sample import Sampled
 from jaxserve.sim.hash_model import CELL_BYTES, HEAD_DIM, HEADS, LAYERS, HashModel
 from kv.driver import Region

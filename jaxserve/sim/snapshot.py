@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from jaxserve.device import Pending
+from jaxserve.dispatch import Pending
 from jaxserve.sim.clients import Habits
 from jaxserve.sim.device import StepFate
 from jaxserve.sim.engine import Node, Weather

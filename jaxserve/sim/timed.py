@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
+from jaxserve.dispatch import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.sample import Sampled
 from jaxserve.sim.clockwork import Timer
 from jaxserve.sim.costs import LATENESS_S, CostTable, step_clock

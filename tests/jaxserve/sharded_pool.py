@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.device import Device, Pending, PromptSpan, SlotSetup, join
+from jaxserve.device import Device, join
+from jaxserve.dispatch import Pending, PromptSpan, SlotSetup
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.sharding import AXIS, pool_sharding
 from jaxserve.model.transformer import random_model

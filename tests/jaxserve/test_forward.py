@@ -8,7 +8,8 @@ import pytest
 
 from jaxserve import sample as sampling
 from jaxserve.batch import Bucket, pack
-from jaxserve.device import Device, Dispatch, PoolMovedError, PromptSpan, SlotSetup
+from jaxserve.device import Device, PoolMovedError
+from jaxserve.dispatch import Dispatch, PromptSpan, SlotSetup
 from jaxserve.forward import Geometry, Programs
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.transformer import random_model

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from jaxserve.device import Executed
+from jaxserve.dispatch import Executed
 from jaxserve.loop import EngineLoop
 from jaxserve.movers import Movers
 from jaxserve.outputs import Delta

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve.device import Device, SlotSetup
+from jaxserve.device import Device
+from jaxserve.dispatch import SlotSetup
 from jaxserve.model.transformer import dense_attend, random_model
 from jaxserve.weights.load import Loaded
 from kv.types import KvSpec, PageGroup

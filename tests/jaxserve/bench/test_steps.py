@@ -18,7 +18,7 @@ from jaxserve.bench.steps import (
     table_text,
 )
 from jaxserve.cli import main
-from jaxserve.device import Executed, Pending, PromptSpan, SlotSetup
+from jaxserve.dispatch import Executed, Pending, PromptSpan, SlotSetup
 from jaxserve.sim.costs import BucketCost, read_table, step_clock
 from jaxserve.sim.timed import Wordless
 from scheduler.types import Limits, Outcome, Plan, SchedulerConfig
