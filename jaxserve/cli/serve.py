@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from jaxserve.cli.disaggregated import run_disaggregated
@@ -13,6 +14,8 @@ from jaxserve.config import ConfigError
 from jaxserve.engine import Engine
 from jaxserve.server import ServerOptions, reserve_port, run
 from metrics.prometheus import DEFAULT_PREFIX, SnapshotCollector
+
+ADMIN_KEY = "JAXSERVE_ADMIN_API_KEY"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -37,6 +40,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add("--api-key", nargs="+", default=[], metavar="KEY",
         help="clients must send one as bearer token (default: $VLLM_API_KEY, else none)")  # fmt: skip
+    add("--admin-api-key", metavar="KEY",
+        help="opens /debug/pages, else closed (default: $JAXSERVE_ADMIN_API_KEY, else none)")  # fmt: skip
     add("--shutdown-timeout", type=float, default=30.0, metavar="S",
         help="seconds that running requests get after SIGTERM (default %(default)g)")  # fmt: skip
     add("--metrics-prefix", default=DEFAULT_PREFIX, help="before every metric's name (default %(default)s)")
@@ -67,17 +72,8 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         served_model_name=tuple(args.served_model_name),
         log_stats=not args.disable_log_stats,
     )
-    if not 0 <= args.shutdown_timeout < math.inf:
-        raise ConfigError(f"--shutdown-timeout must be at least 0 seconds, got {args.shutdown_timeout}")
     _check_prefix(args.metrics_prefix)
-    keys = tuple(args.api_key) or tuple(filter(None, [os.environ.get("VLLM_API_KEY")]))
-    options = ServerOptions(
-        host=args.host,
-        port=args.port,
-        api_keys=keys,
-        shutdown_timeout_s=args.shutdown_timeout,
-        version=version("jaxserve"),
-    )
+    options = server_options(args)
     try:
         sock = reserve_port(options)
     except (OSError, OverflowError) as error:
@@ -87,6 +83,30 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return run(engine, options, sock)
     finally:
         engine.close()
+
+
+def server_options(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> ServerOptions:
+    """The HTTP server's settings, from flags and environment.
+
+    Raises:
+        ConfigError: a value out of range, or an admin key that is empty or a client's.
+    """
+    if not 0 <= args.shutdown_timeout < math.inf:
+        raise ConfigError(f"--shutdown-timeout must be at least 0 seconds, got {args.shutdown_timeout}")
+    keys = tuple(args.api_key) or tuple(filter(None, [environ.get("VLLM_API_KEY")]))
+    admin = environ.get(ADMIN_KEY) or None if args.admin_api_key is None else args.admin_api_key
+    if admin == "":
+        raise ConfigError("--admin-api-key must not be empty")
+    if admin in keys:
+        raise ConfigError(f"--admin-api-key (or ${ADMIN_KEY}) must not be a key that clients have")
+    return ServerOptions(
+        host=args.host,
+        port=args.port,
+        api_keys=keys,
+        admin_key=admin,
+        shutdown_timeout_s=args.shutdown_timeout,
+        version=version("jaxserve"),
+    )
 
 
 def _check_prefix(prefix: str) -> None:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from jaxserve.api.errors import ApiError
 from jaxserve.server.answers import error_response
-from jaxserve.server.edge import Edge
+from jaxserve.server.edge import ADMIN_PREFIX, Edge
 from jaxserve.server.generate import GenerationRoute
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.prepare import Preparer, facts_of
@@ -56,7 +56,7 @@ def create_app(engine: EngineSurface, options: ServerOptions) -> Starlette:
             Route("/reset_prefix_cache", small.reset_prefix_cache, methods=["POST"]),
             Route("/debug/pages", small.debug_pages, methods=["GET"]),
         ],
-        middleware=[Middleware(Edge, options=options)],
+        middleware=[Middleware(Edge, options=options, admin_prefix=ADMIN_PREFIX)],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error},
     )
     app.router.redirect_slashes = False

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})
 """Open without a key, as in vLLM: probes and scrapers have none. Everything else needs one."""
 
+ADMIN_PREFIX = "/debug/"
+"""Of the routes that look inside. Clients' keys do not open them, and without an admin key nobody does."""
+
+NO_ADMIN = "This server has no admin key: start it with --admin-api-key to see this."
 MAX_REQUEST_ID_CHARS = 128
 LINGER_BYTES = 64 << 20
 LINGER_S = 2.0
@@ -30,12 +34,19 @@ class Edge:
     An error that goes out before the body was read ends the connection, after a bounded time in which the
     rest of the body is read and dropped: closing at once would reset the connection, and most clients would
     then never see the answer.
+
+    Args:
+        app: what is inside.
+        options: of the server.
+        admin_prefix: of paths that only the admin key opens; None: the application has none.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+    def __init__(self, app: ASGIApp, options: ServerOptions, admin_prefix: str | None = None) -> None:
         self._app = app
         self._options = options
         self._keys = tuple(_digest(key) for key in options.api_keys)
+        self._admin_prefix = admin_prefix
+        self._admin_keys = () if options.admin_key is None else (_digest(options.admin_key),)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection's request; nothing but HTTP is known here."""
@@ -64,8 +75,12 @@ class Edge:
             raise ApiError(
                 431, "The request headers are too large.", code="headers_too_large", headers=closing
             )
-        if self._keys and scope["path"] not in PUBLIC_PATHS:
-            _check_key(headers.getlist("authorization"), self._keys)
+        if self._admin_prefix is not None and scope["path"].startswith(self._admin_prefix):
+            if not self._admin_keys:
+                raise ApiError(403, NO_ADMIN, code="no_admin_key")
+            _check_key(headers.getlist("authorization"), self._admin_keys, "admin key")
+        elif self._keys and scope["path"] not in PUBLIC_PATHS:
+            _check_key(headers.getlist("authorization"), self._keys, "API key")
 
     async def _fail(self, exchange: "_Exchange", scope: Scope, error: ApiError) -> None:
         if exchange.started:
@@ -129,11 +144,11 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8")).digest()
 
 
-def _check_key(given: list[str], keys: Iterable[bytes]) -> None:
+def _check_key(given: list[str], keys: Iterable[bytes], what: str) -> None:
     """Compares hashes, so that time tells nothing about the keys; every refusal looks the same."""
     scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
     digest = _digest(token)
     matches = [hmac.compare_digest(digest, key) for key in keys]
     if not (any(matches) and scheme.lower() == "bearer"):
         headers = (("WWW-Authenticate", "Bearer"),)
-        raise ApiError(401, "The API key is missing or wrong.", code="invalid_api_key", headers=headers)
+        raise ApiError(401, f"The {what} is missing or wrong.", code="invalid_api_key", headers=headers)

@@ -13,6 +13,7 @@ class ServerOptions:
         host: address to listen on.
         port: 0 takes a free one.
         api_keys: with any, every route but the public ones needs one of them as bearer token.
+        admin_key: the bearer token of routes that look inside; None: nobody gets these.
         shutdown_timeout_s: how long running requests may go on after SIGTERM.
         stall_s: /ready answers 503 when work waits and no step has completed for this long.
         header_timeout_s: for the head of a request, from its first byte or from the connection's opening.
@@ -28,6 +29,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_key: str | None = field(default=None, repr=False)
     shutdown_timeout_s: float = 30.0
     stall_s: float = 60.0
     header_timeout_s: float = 5.0

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from tests.e2e.connectors.fleet import (
+    ADMIN_KEY,
     GREEDY,
     PAGES_16,
     WAIT_S,
@@ -137,7 +138,9 @@ def text_in(answer: dict[str, Any]) -> str:
 
 def census(node: Node) -> dict[str, Any]:
     """What a server's pages are for, at this moment."""
-    answer = httpx.get(f"{node.url}/debug/pages", timeout=60, trust_env=False).raise_for_status().json()
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    reply = httpx.get(f"{node.url}/debug/pages", headers=headers, timeout=60, trust_env=False)
+    answer = reply.raise_for_status().json()
     assert sum(answer["pages"].values()) == answer["total"] == PAGES_16 - 1, answer
     return answer
 

@@ -19,9 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.servers import START_S, Server, start_server, stop_server
 
 GREEDY = {"model": "smollm2", "temperature": 0, "ignore_eos": True, "max_tokens": 8}
+ADMIN_KEY = "for-the-census"
 FLAGS = (
     *("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "128"),
-    *("--disable-log-stats", "--dtype", "float32"),
+    *("--disable-log-stats", "--dtype", "float32", "--admin-api-key", ADMIN_KEY),
 )
 PAGES_16, PAGES_128 = 49, 7
 """Of every pool with pages of 16 and 128 tokens: programs are compiled for a pool, and servers share them."""

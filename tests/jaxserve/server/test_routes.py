@@ -14,6 +14,9 @@ from tests.jaxserve.server.fake_engine import FakeEngine
 Ask = Callable[..., httpx.Response]
 
 KEYED = ServerOptions(api_keys=("first-key", "second-key"))
+RUN = ServerOptions(admin_key="admin-key")
+BOTH = ServerOptions(api_keys=("first-key", "second-key"), admin_key="admin-key")
+AS_ADMIN = {"Authorization": "Bearer admin-key"}
 PROMPT = {"model": "fake", "prompt": "hi"}
 
 
@@ -49,7 +52,7 @@ def test_small_answers(ask: Ask, engine: FakeEngine) -> None:
 
 
 def test_the_census_of_pages(ask: Ask, engine: FakeEngine) -> None:
-    assert ask("GET", "/debug/pages").json() == {
+    assert ask("GET", "/debug/pages", RUN, headers=AS_ADMIN).json() == {
         "current": True,
         "total": 48,
         "pages": {"free": 40, "idle": 2, "in_use": 6},
@@ -59,17 +62,43 @@ def test_the_census_of_pages(ask: Ask, engine: FakeEngine) -> None:
         "host_tiers": {"SimpleCPUOffloadConnector": {"slots": 192, "used": 9, "pinned": 4, "storing": 1}},
     }
     engine.alive = False
-    stopped = ask("GET", "/debug/pages")
+    stopped = ask("GET", "/debug/pages", RUN, headers=AS_ADMIN)
     assert stopped.status_code == 200 and stopped.json()["current"] is False
-    assert ask("POST", "/debug/pages").status_code == 405
+    assert ask("POST", "/debug/pages", RUN, headers=AS_ADMIN).status_code == 405
 
 
-@pytest.mark.parametrize("key", ["", "Bearer wrong"])
-def test_the_census_of_pages_needs_the_key(ask: Ask, key: str) -> None:
-    headers = {"Authorization": key}
+@pytest.mark.parametrize("key", ["", "Bearer", "Bearer ", "Bearer wrong", "Bearer first-key", "admin-key"])
+@pytest.mark.parametrize("options", [RUN, BOTH], ids=["admin", "both"])
+def test_the_census_of_pages_needs_the_admin_key(ask: Ask, options: ServerOptions, key: str) -> None:
     for method in ("GET", "POST", "HEAD"):
-        assert ask(method, "/debug/pages", KEYED, headers=headers).status_code == 401
-    assert ask("GET", "/debug/pages", KEYED, headers={"Authorization": "Bearer first-key"}).status_code == 200
+        refused = ask(method, "/debug/pages", options, headers={"Authorization": key})
+        assert refused.status_code == 401
+    assert ask("GET", "/debug/pages", options).json()["error"]["message"] == (
+        "The admin key is missing or wrong."
+    )
+    assert ask("GET", "/debug/pages", options, headers=AS_ADMIN).status_code == 200
+
+
+@pytest.mark.parametrize("options", [ServerOptions(), KEYED], ids=["open", "keyed"])
+@pytest.mark.parametrize("key", ["", "Bearer", "Bearer ", "Bearer None", "Bearer first-key"])
+def test_without_an_admin_key_nobody_sees_the_census(ask: Ask, options: ServerOptions, key: str) -> None:
+    refused = ask("GET", "/debug/pages", options, headers={"Authorization": key})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["type"], error["code"]) == (403, "permission_error", "no_admin_key")
+    assert "--admin-api-key" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/debug/pages/", "/debug/", "/debug/nope", "/%64ebug/pages", "/debug%2Fpages"]
+)
+def test_paths_near_the_census_need_the_admin_key_too(ask: Ask, path: str) -> None:
+    assert ask("GET", path).status_code == 403
+    assert ask("GET", path, BOTH, headers={"Authorization": "Bearer first-key"}).status_code == 401
+
+
+def test_the_admin_key_is_no_clients_key(ask: Ask) -> None:
+    assert ask("GET", "/v1/models", BOTH, headers=AS_ADMIN).status_code == 401
+    assert ask("GET", "/v1/models", RUN).status_code == 200
 
 
 def test_tokenize_and_back(ask: Ask) -> None:
@@ -101,7 +130,7 @@ def test_every_route_but_the_public_ones_needs_a_key(ask: Ask, engine: FakeEngin
     for route in routes_of(engine):
         path = route.path.replace("{name:path}", "fake")
         for method in route.methods or ():
-            code = ask(method, path, KEYED).status_code
+            code = ask(method, path, BOTH).status_code
             assert (code == 401) == (route.path not in PUBLIC_PATHS), (method, path, code)
     assert {route.path for route in routes_of(engine)} > PUBLIC_PATHS
 
@@ -169,7 +198,7 @@ def test_without_keys_any_header_will_do(ask: Ask) -> None:
 
 
 def test_keys_do_not_show() -> None:
-    assert "first-key" not in repr(KEYED)
+    assert "first-key" not in repr(BOTH) and "admin-key" not in repr(BOTH)
 
 
 @pytest.mark.parametrize(
