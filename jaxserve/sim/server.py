@@ -53,7 +53,7 @@ class SimServer:
             eos_token_ids=(END,),
             defaults={},
         )
-        self._preparer = Preparer(self, facts)
+        self._preparer = Preparer(self, facts, clock=engine.clock, wall_clock=engine.clock)
 
     @property
     def tokenizer(self) -> Tokenizer:
