@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.router.exchange import Patience, Trouble, failed, outcome, patience, verdict
+from jaxserve.router.exchange import Call, Patience, Trouble, failed, outcome, patience, verdict
 from jaxserve.router.fleet import Fleet
 from jaxserve.router.options import RouterOptions
 from jaxserve.router.route import (
@@ -71,7 +71,7 @@ def test_a_decode_server_s_answer_is_passed_left_or_refuses_the_parameters():
 
 @pytest.mark.parametrize("order", [P, D])
 @pytest.mark.parametrize("trouble", Trouble)
-def test_every_trouble_is_a_failure_and_only_broken_connections_say_why(order, trouble: Trouble):
+def test_every_trouble_is_a_failure_and_only_broken_connections_say_why(order: Call, trouble: Trouble):
     came = failed(order, trouble, why="ReadError", begun=True)
     assert came.begun and (came.why == "ReadError") == (came.failure is Failure.BROKEN)
     assert (came.failure is Failure.BROKEN) == (
@@ -103,7 +103,9 @@ seconds = st.floats(0.001, 1e6)
 
 
 @given(seconds, seconds, st.none() | seconds, seconds, st.none() | seconds, st.booleans())
-def test_a_later_byte_never_ends_a_call_sooner(connect, silence, whole, asked, later, connected):
+def test_a_later_byte_never_ends_a_call_sooner(
+    connect: float, silence: float, whole: float | None, asked: float, later: float | None, connected: bool
+):
     waits = Patience(connect_s=connect, silence_s=silence, whole_s=whole)
     first, _ = waits.ends(asked_at=asked, connected=connected, heard_at=None)
     heard = None if later is None else asked + later
