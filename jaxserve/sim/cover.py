@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from jaxserve.sim.engine import SimEngine
+from jaxserve.sim.history import History, Struck
 from kv.moves import Lease
 from scheduler.state import Sequence, Status
 
@@ -18,9 +19,6 @@ its prompt; generating; preempted and waiting; over, its pages leased to a peer.
 
 RARE = ("fetched", "preempted")
 """States that are seldom reached: faults look for them."""
-
-HARMLESS = frozenset(("X6", "X23", "X24", "X33", "X35", "X36", "X37", "X39", "X42", "X46"))
-"""Faults after which no load may fail."""
 
 Met = Counter[tuple[str, str]]
 """(fault, state) -> how often."""
@@ -32,13 +30,13 @@ Found = tuple[str, str, int, str]
 class Spell:
     """A fault that lasts. Attributes: hosts: whose requests it concerns; seen: those that it has met."""
 
-    def __init__(self, fault: str, hosts: Iterable[str]) -> None:
-        self.fault, self.hosts = fault, tuple(dict.fromkeys(hosts))
+    def __init__(self, fault: str, hosts: Iterable[str], struck: Struck | None = None) -> None:
+        self.fault, self.hosts, self.struck = fault, tuple(dict.fromkeys(hosts)), struck
         self.seen: set[Found] = set()
 
 
 class Cover:
-    """Attributes: met: what has been counted.
+    """Attributes: met: what has been counted; history: of the faults that have struck.
 
     It looks at an engine's requests when a step has been decided: they change their states at no other time.
     """
@@ -46,20 +44,23 @@ class Cover:
     def __init__(self, engines: Mapping[str, SimEngine], clock: Callable[[], float]) -> None:
         """Args: engines: the current lives by host; looked at, never changed."""
         self.met: Met = Counter()
+        self.history = History()
         self._engines, self._clock = engines, clock
-        self._last: dict[str, dict[str, float]] = {}
         self._present: dict[str, frozenset[Found]] = {}
         self._lasting: dict[str, list[Spell]] = {}
 
     def strike(self, fault: str, hosts: Iterable[str]) -> None:
         """A fault strikes these hosts, now and no longer."""
-        for host in dict.fromkeys(hosts):
-            self._note(fault, host)
+        hosts = tuple(dict.fromkeys(hosts))
+        if hosts:
+            self.history.strike(fault, hosts, self._clock())
+        for host in hosts:
             self.met.update((fault, found[-1]) for found in self._here(host))
 
     def begin(self, fault: str, hosts: Iterable[str]) -> Spell:
         """A fault strikes these hosts, and stays."""
-        spell = Spell(fault, hosts)
+        hosts = tuple(dict.fromkeys(hosts))
+        spell = Spell(fault, hosts, self.history.begin(fault, hosts))
         for host in spell.hosts:
             self._lasting.setdefault(host, []).append(spell)
             self.meet(spell, host)
@@ -70,7 +71,8 @@ class Cover:
         for host in spell.hosts:
             if spell in self._lasting[host]:
                 self._lasting[host].remove(spell)
-                self._note(spell.fault, host)
+        if spell.struck is not None:
+            self.history.end(spell.struck, self._clock())
 
     def meet(self, spell: Spell, host: str) -> None:
         """Counts whom a lasting fault meets on a host and has not met before."""
@@ -90,18 +92,6 @@ class Cover:
     def forget(self, host: str) -> None:
         """A life of a host has begun: it has no requests."""
         self._present.pop(host, None)
-
-    def touched(self, hosts: Iterable[str], since: float) -> bool:
-        """Whether a fault that can make a load fail has struck one of these hosts since then, or lasts."""
-        return any(fault not in HARMLESS for host in hosts for fault in self.struck(host, since))
-
-    def struck(self, host: str, since: float) -> set[str]:
-        """Faults that have struck a host since then, or have lasted there."""
-        lasting = {spell.fault for spell in self._lasting.get(host, ())}
-        return lasting | {fault for fault, at in self._last.get(host, {}).items() if at >= since}
-
-    def _note(self, fault: str, host: str) -> None:
-        self._last.setdefault(host, {})[fault] = self._clock()
 
     def _here(self, host: str) -> frozenset[Found]:
         engine = self._engines.get(host)

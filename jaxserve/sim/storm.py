@@ -138,8 +138,11 @@ class Storm(Weather):
         return late * (100 if engine.host in self.slow else 1)
 
     def poll_seconds(self, engine: SimEngine, idle: int) -> float:
-        """Long, so that few events are spent on looking: the protocol must not depend on it."""
-        return min(0.005 * 1.5**idle, 2.0) * (0.5 + self._clockwork.chance.random())
+        """Long, so that few events are spent on looking: the protocol must not depend on it. But a thread of
+        a server is never so late that the heartbeats which it sends come too late for a lease."""
+        leaf = engine.node.nixl
+        most = 2.0 if leaf is None else min(2.0, leaf.lease_s / 6)
+        return min(0.005 * 1.5**idle, most) * (0.5 + self._clockwork.chance.random())
 
     def copy_seconds(self, engine: SimEngine) -> float:
         """See `Weather`."""

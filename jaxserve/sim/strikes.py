@@ -258,7 +258,7 @@ class Strikes:
     # How long they last.
 
     def _ended(self, engine: SimEngine, spell: Spell, asked: float) -> None:
-        if not LATE.isdisjoint(self._cover.struck(engine.host, asked)):
+        if not LATE.isdisjoint(self._cover.history.near(engine.host, asked)):
             self._cluster.laws.endings.disturbed(engine)
         self._cluster.laws.endings.ended(engine)
         self._over(engine, spell)

@@ -21,6 +21,7 @@ from jaxserve.sim.engine import SimEngine, Surroundings
 from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
 from jaxserve.sim.laws import Laws, Names, no_leak
+from jaxserve.sim.loads import Loads
 from jaxserve.sim.recount import Recount
 from jaxserve.sim.setup import Setup
 from jaxserve.sim.storm import Storm
@@ -81,7 +82,8 @@ class World:
         self.wire = SimWire(self.clockwork, self.storm.judge, self.storm.refuses)
         self.laws = Laws(Names(setup.model), self.nixl)
         self.clients = Clients(self.clockwork, setup.model, self.laws.names, setup.habits, self._engines)
-        self.excuses = Excuses(self.cover, self.engines, self.clients.excuses)
+        self.excuses = Excuses(self.clients.excuses)
+        self.loads = Loads(self.cover.history, self.engines, self.laws.flipped)
         self.recounts: dict[str, Recount] = {}
         self._strikes = Strikes(self)
         self._full: dict[str, Spell] = {}
@@ -190,7 +192,8 @@ class World:
         note = (plan.step_id, len(plan.rows), plan.accepted.tokens.tolist(), len(plan.moves.commands))
         self.clockwork.note(f"{host} plan {note}")
         self.clients.strike(engine, inputs, plan, storm.failed_steps, storm.not_finite)
-        self.excuses.step(engine, inputs, plan, self.clockwork.now)
+        self.excuses.step(engine)
+        self.loads.step(engine, inputs, plan, self.clockwork.now)
         try:
             self.recounts[engine.epoch].take(inputs, plan)
         except AssertionError as error:
