@@ -5,6 +5,7 @@ core's turn, each rank's round of transfers and each host tier's copying happen 
 the clockwork says.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ from kv.transfer_desk import Desk
 from kv.transfers import Transfers
 from scheduler.types import Inputs, Limits, Plan, Request, SchedulerConfig
 
+logger = logging.getLogger("jaxserve")
+
 LOOKS_S = 0.2
 """A round that wants to come again sooner only looks whether something has moved."""
 
 KEY = b"k" * 32
-"""That all simulated engines share."""
+"""That simulated engines share."""
 
 
 class Weather:
@@ -75,6 +78,7 @@ class Node:
     Attributes:
         name: of its host, as others reach it; with `engine_id` its identity.
         port: of its first rank's side channel.
+        key: that what peers are promised is sealed with.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Node:
     ranks: int = 1
     port: int = 5600
     max_num_queued_reqs: int = 64
+    key: bytes = KEY
     page_shape: tuple[int, int, int, int, int]
     item_bytes: int
 
@@ -165,7 +170,7 @@ class SimEngine:
                     tp_size=node.ranks,
                     page_size=node.scheduler.page_size,
                 )
-        self.door = Door(config=transfer, key=KEY, identity=identity)
+        self.door = Door(config=transfer, key=node.key, identity=identity)
         self._movers.sealed_by(self.door.seal)
         self.core = EngineCore(
             node.scheduler,
@@ -357,6 +362,7 @@ class SimEngine:
             regions=[region],
             facts=facts,
             config=leaf,
+            unexpected=_told,
         )
         rounds.begin(transfers, channel)
         self.rounds.append(rounds)
@@ -433,6 +439,11 @@ class RoundDriver:
             if wait < LOOKS_S:
                 wait = weather.poll_seconds(engine, self._idle)
             self._round_in(wait + weather.lateness(engine))
+
+
+def _told(error: Exception) -> None:
+    """As a server's driver does: see `sim.complaints`."""
+    logger.error("a transfer failed on a mistake of ours", exc_info=error)
 
 
 class _Copies:

@@ -1,12 +1,12 @@
 """A tokenizer that fails excuses the requests that it has struck, and nobody else's failure."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from jaxserve.sim.draw import draw
-from jaxserve.sim.expect import SimTokenizer
+from jaxserve.sim.excuses import Excuses
+from jaxserve.sim.expect import SimTokenizer, TokenizerFailed
 from jaxserve.sim.world import Failed, World
 
 EVENTS = 400
@@ -28,6 +28,16 @@ def broken(seeds: int, found: Callable[[str], bool], **rates: float) -> list[str
     return said
 
 
+class _Failing(SimTokenizer):
+    calls = 0
+
+    def token_bytes(self, token_id: int) -> bytes:
+        self.calls += 1
+        if self.calls % 20 == 0:
+            raise TokenizerFailed
+        return super().token_bytes(token_id)
+
+
 def _noticed(said: str) -> bool:
     return "I13" in said or "I17" in said
 
@@ -37,15 +47,6 @@ def test_without_faults_nothing_fails():
 
 
 def test_a_tokenizer_that_fails_by_itself_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    calls = 0
-    right = SimTokenizer.token_bytes
-
-    def token_bytes(self: Any, token_id: int) -> bytes:
-        nonlocal calls
-        calls += 1
-        if calls % 1000 == 0:
-            raise RuntimeError("the tokenizer has failed")
-        return right(self, token_id)
-
-    monkeypatch.setattr(SimTokenizer, "token_bytes", token_bytes)
+    """It raises what a fault of the tokenizer raises, but no fault has struck."""
+    monkeypatch.setattr(Excuses, "tokenizer", lambda self, epoch: _Failing())
     assert any(map(_noticed, broken(10, _noticed)))
