@@ -100,18 +100,17 @@ class Patience:
     silence_s: float
     whole_s: float | None
 
-    def ends(self, *, asked_at: float, connected: bool, heard_at: float | None) -> tuple[float, Trouble]:
+    def ends(self, *, asked_at: float, alive_at: float | None) -> tuple[float, Trouble]:
         """Until when nothing new must have come, and what it is then.
 
         Args:
             asked_at: when the call began.
-            heard_at: when the last byte came; None: none has.
+            alive_at: when there was a connection or, if later, the last byte came; None: there is none yet.
         """
-        if connected:
-            since = asked_at if heard_at is None else max(asked_at, heard_at)
-            end = since + self.silence_s, Trouble.QUIET
-        else:
+        if alive_at is None:
             end = asked_at + self.connect_s, Trouble.UNSENT
+        else:
+            end = alive_at + self.silence_s, Trouble.QUIET
         if self.whole_s is not None and asked_at + self.whole_s <= end[0]:
             return asked_at + self.whole_s, Trouble.OVERDUE
         return end

@@ -9,6 +9,8 @@ from jaxserve.sim.device import StepFate
 from jaxserve.sim.engine import SimEngine, Weather
 from jaxserve.sim.fake_nixl import Fault, Posted
 from jaxserve.sim.faults import CHANCES
+from jaxserve.sim.http import Break, Links
+from jaxserve.sim.http import Fate as HttpFate
 from jaxserve.sim.wire import Fate
 from kv.wire import Confirm, Confirmed, Done, DoneAnswer, Hello, Message, Welcome
 from scheduler.types import Plan
@@ -25,8 +27,8 @@ class _Hit:
     spells: dict[str, Spell] = field(default_factory=dict)
 
 
-class Storm(Weather):
-    """Weather with faults.
+class Storm(Weather, Links):
+    """Weather and links with faults.
 
     Attributes:
         rates: of each fault that this world has; emptied when it is calm.
@@ -160,6 +162,23 @@ class Storm(Weather):
         """Whether a host can open no connection."""
         return host in self.no_files
 
+    def blocked(self, here: str, there: str) -> bool:
+        """See `Links`."""
+        return (here, there) in self.cut or here in self.mute
+
+    def exchange(self, host: str) -> HttpFate:
+        """See `Links`. What is lost comes a little later; nothing overtakes or comes twice: it is TCP's."""
+        chance, late = self._clockwork.chance, 0.0
+        if self.hits("X8", host):
+            late += 0.1
+        if self.hits("X7", host):
+            late += 0.2 * 2 ** chance.randrange(4)
+        if chance.random() < 0.2 and self.hits("X13", host):
+            return HttpFate(
+                late_s=late, breaks=chance.choice(tuple(Break)), after_s=chance.expovariate(10.0 / self._pace)
+            )
+        return HttpFate(late_s=late)
+
     def step_fate(self, host: str) -> StepFate:
         """What becomes of a host's next step."""
         if self.hits("X26", host):
@@ -182,7 +201,7 @@ class Storm(Weather):
         """What becomes of a message; see `SimWire`."""
         chance = self._clockwork.chance
         delay = 0.0002 + chance.expovariate(2000.0)
-        if (here, there) in self.cut or here in self.mute:
+        if self.blocked(here, there):
             return Fate(delays=())
         if self.hits("X8", here, there):
             delay *= 100

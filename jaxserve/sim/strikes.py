@@ -12,6 +12,7 @@ from jaxserve.sim.engine import Node, SimEngine
 from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
 from jaxserve.sim.faults import STRIKES
+from jaxserve.sim.http import ROUTER
 from jaxserve.sim.laws import Laws
 from jaxserve.sim.storm import Storm
 
@@ -128,9 +129,10 @@ class Strikes:
             self._over(engine, spell)
 
     def cut(self) -> None:
-        """X11."""
-        if len(self._cluster.nodes) > 1:
-            here, there = self._clockwork.chance.sample(sorted(self._cluster.nodes), 2)
+        """X11: between engines, or between one and the router."""
+        hosts = [*sorted(self._cluster.nodes), *self._router()]
+        if len(hosts) > 1:
+            here, there = self._clockwork.chance.sample(hosts, 2)
             seconds = self._duration(0.05, 20.0)
             self._lasts("X11", self._storm.cut, (here, there), (here, there), seconds)
 
@@ -165,8 +167,15 @@ class Strikes:
             self._storm.stalled.add(engine.host)
 
     def no_files(self) -> None:
-        """X45."""
+        """X45: of an engine, or of the router."""
+        if self._clockwork.chance.random() < 0.2:
+            for host in self._router():
+                seconds = self._duration(0.1, 10.0)
+                return self._lasts("X45", self._storm.no_files, host, (host,), seconds)
         self._for_a_while("X45", self._storm.no_files, self._duration(0.1, 10.0))
+
+    def _router(self) -> tuple[str, ...]:
+        return () if self._cluster.clients.router is None else (ROUTER,)
 
     # What an engine keeps.
 

@@ -81,7 +81,9 @@ class World:
         self.nixl = FakeNixlNetwork(clock=lambda: self.clockwork.now, draw=self.storm.transfer)
         self.wire = SimWire(self.clockwork, self.storm.judge, self.storm.refuses)
         self.laws = Laws(Names(setup.model), self.nixl)
-        self.clients = Clients(self.clockwork, setup.model, self.laws.names, setup.habits, self._engines)
+        self.clients = Clients(
+            self.clockwork, setup.model, self.laws.names, setup.habits, self._engines, self.storm
+        )
         self.excuses = Excuses(self.clients.excuses)
         self.loads = Loads(self.cover.history, self.engines, self.laws.flipped)
         self.recounts: dict[str, Recount] = {}
@@ -178,8 +180,7 @@ class World:
     # After each event.
 
     def _after_event(self) -> None:
-        if self.clients.broken is not None:
-            raise self.clients.broken
+        self.clients.look()
         self._complaints.check(self.clients.excuses)
         if self.storm.posted:
             self._follow_transfers()

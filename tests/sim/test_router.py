@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxserve.router.calls import read_call
 from jaxserve.sim.asks import Ask
 from jaxserve.sim.clients import Clients
 from jaxserve.sim.clockwork import Clockwork
@@ -48,8 +47,8 @@ class Cluster:
     def ask(self, *, stream: bool = False, tokens: int = 6) -> None:
         prompt = tuple(self.clockwork.chance.randrange(40) for _ in range(9))
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, seed=1, ignore_eos=True)
-        call = read_call(body_of(prompt, sampling, "", 0, stream=stream))
-        self.router.send(call, self.over.append, stream=stream)
+        body = body_of(prompt, sampling, "", 0, stream=stream)
+        self.clients.ask_router(body, lambda told: self.over.append(told.right))
 
     def asked(self, host: str) -> Ask:
         """Goes on until this engine is asked."""
@@ -60,8 +59,7 @@ class Cluster:
         while not there():
             assert self.clockwork.run_one(), "nothing happens any more"
             assert self.clockwork.events < 5000
-            if self.clients.broken is not None:
-                raise self.clients.broken
+            self.clients.look()
 
     def end(self) -> list[bool]:
         """Goes on until all is over; how requests ended."""

@@ -91,25 +91,25 @@ OPTIONS = RouterOptions(
 
 def test_a_prefill_call_has_a_bound_in_all_and_a_decode_call_none():
     waits = patience("prefill", OPTIONS)
-    assert waits.ends(asked_at=5.0, connected=False, heard_at=None) == (6.0, Trouble.UNSENT)
-    assert waits.ends(asked_at=5.0, connected=True, heard_at=None) == (9.0, Trouble.QUIET)
-    assert waits.ends(asked_at=5.0, connected=True, heard_at=14.0) == (15.0, Trouble.OVERDUE)
+    assert waits.ends(asked_at=5.0, alive_at=None) == (6.0, Trouble.UNSENT)
+    assert waits.ends(asked_at=5.0, alive_at=5.5) == (9.5, Trouble.QUIET)
+    assert waits.ends(asked_at=5.0, alive_at=14.0) == (15.0, Trouble.OVERDUE)
     waits = patience("decode", OPTIONS)
-    assert waits.ends(asked_at=5.0, connected=True, heard_at=14.0) == (18.0, Trouble.QUIET)
-    assert waits.ends(asked_at=5.0, connected=True, heard_at=None) == (9.0, Trouble.QUIET)
+    assert waits.ends(asked_at=5.0, alive_at=None) == (6.0, Trouble.UNSENT)
+    assert waits.ends(asked_at=5.0, alive_at=14.0) == (18.0, Trouble.QUIET)
 
 
 seconds = st.floats(0.001, 1e6)
 
 
-@given(seconds, seconds, st.none() | seconds, seconds, st.none() | seconds, st.booleans())
+@given(seconds, seconds, st.none() | seconds, seconds, seconds, seconds)
 def test_a_later_byte_never_ends_a_call_sooner(
-    connect: float, silence: float, whole: float | None, asked: float, later: float | None, connected: bool
+    connect: float, silence: float, whole: float | None, asked: float, first: float, later: float
 ):
     waits = Patience(connect_s=connect, silence_s=silence, whole_s=whole)
-    first, _ = waits.ends(asked_at=asked, connected=connected, heard_at=None)
-    heard = None if later is None else asked + later
-    then, trouble = waits.ends(asked_at=asked, connected=connected, heard_at=heard)
-    assert asked <= first <= then
-    assert whole is None or then <= asked + whole
+    without, _ = waits.ends(asked_at=asked, alive_at=None)
+    before, _ = waits.ends(asked_at=asked, alive_at=asked + first)
+    after, trouble = waits.ends(asked_at=asked, alive_at=asked + first + later)
+    assert asked <= without and asked <= before <= after
+    assert whole is None or max(without, after) <= asked + whole
     assert (trouble is Trouble.OVERDUE) <= (whole is not None)
