@@ -4,6 +4,7 @@ Nothing here asks the router what it thinks. Numbers R1 to R5 are those of docs/
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,7 @@ class RouterLaws:
         self._calls: dict[Exchange, _Call] = {}
         self._suspects: set[tuple[str, str]] = set()
         self._looked: dict[tuple[str, str], float] = {}
+        self._missed: Counter[tuple[str, str]] = Counter()
         every, within = options.probe_interval_s, options.probe_timeout_s
         self._known_s = every + within + SLACK_S
         """After so long a server that is well again is known to be."""
@@ -103,8 +105,9 @@ class RouterLaws:
     # Events: see `jaxserve.sim.http.Watcher`.
 
     def asked(self, call: Exchange) -> None:
-        """R2: nobody is asked whose connection broke, until it has answered a health check with 200. R4: what
-        is asked is what this client wants, with what a prefill server has answered to it. R5: how often."""
+        """R2: nobody is asked whose connection broke, or who has missed too many health checks, until it has
+        answered one with 200. R4: what is asked is what this client wants, with what a prefill server has
+        answered to it. R5: how often."""
         trip, body = self._trips[call.journey], json.loads(call.body)
         if (call.role, call.host) in self._suspects:
             raise Broken("R2", f"{call.host} is asked again before it has answered a health check")
@@ -147,9 +150,15 @@ class RouterLaws:
             self._doubt(host)
         if found is not Unwell.UNANSWERED:
             self._looked[role, host] = self._clock()
+            self._missed[role, host] = 0
+            return
+        self._missed[role, host] += 1
+        if self._missed[role, host] >= self._options.max_missed_probes:
+            self._suspects.add((role, host))
 
     def look(self) -> None:
-        """After every event. R3: a call to a server that says nothing is given up in time."""
+        """After every event. R3: a call to a server that says nothing is given up as soon as it has missed as
+        many health checks as it may, and these are made in time."""
         now, options = self._clock(), self._options
         for host, seen in self._hosts.items():
             engine = self._life(host)
@@ -162,6 +171,9 @@ class RouterLaws:
             elif seen.well_since is None or seen.epoch != engine.epoch:
                 seen.well_since, seen.epoch = now, engine.epoch
         for call in self._calls:
+            missed = self._missed[call.role, call.host]
+            if missed >= options.max_missed_probes:
+                raise Broken("R3", f"{call.host} has missed {missed} health checks, and is waited for")
             mute_since = self._hosts[call.host].mute_since
             if mute_since is not None:
                 since = max(mute_since, call.asked_at, self._looked.get((call.role, call.host), 0.0))
