@@ -283,6 +283,8 @@ class World:
         for first, second in itertools.product(self.setup.prefill, self.setup.decode):
             if first == second:
                 continue  # what it has computed it finds in its own cache
+            if self.nodes[first].key != self.nodes[second].key:
+                continue  # it takes nothing from this peer
             lender, reader = self.engines[first].node.scheduler, self.engines[second].node.scheduler
             windowed = any(window is not None for window in reader.windows)
             if lender.cache_key != reader.cache_key or (windowed and lender.page_size != reader.page_size):
