@@ -322,12 +322,6 @@ class Clients:
         sampling = SamplingParams(temperature=0.0, max_tokens=2, seed=1, ignore_eos=True)
         self.split(first, second, prompt, sampling, "", 0, lambda params, ok: over.append(ok))
 
-    def repeat(self, engine: SimEngine, times: int) -> None:
-        """One client asks the same again and again, without waiting."""
-        prompt, sampling, salt, priority = self._habits.draw(self._clockwork)
-        for _ in range(times):
-            self.ask(engine, prompt, sampling, salt, priority, lambda params, ok: None)
-
     def abort(self, ask: Ask) -> None:
         """The client has gone: from its router, which lets go of the engine, or from the engine."""
         if self.router is None or not self.router.forsake(ask):

@@ -35,11 +35,18 @@ class Complaints(logging.Handler):
         """Keeps a record."""
         self._said.append(record)
 
-    def check(self, excuses: set[tuple[str, str]]) -> None:
-        """Raises: Broken: something was logged that no fault explains."""
+    def check(self, excuses: set[tuple[str, str]]) -> list[str]:
+        """Returns ids of the requests whose text a failing tokenizer could not make.
+
+        Raises:
+            Broken: something was logged that no fault explains.
+        """
         said, self._said = self._said, []
+        struck = []
         for record in said:
             error = record.exc_info[1] if record.exc_info else None
             if isinstance(error, TokenizerFailed) and any(why == "tokenizer" for _, why in excuses):
+                struck += [name for name in (record.args or ()) if isinstance(name, str)]
                 continue
             raise Broken("I13", f"{record.getMessage()}: {error!r}")
+        return struck

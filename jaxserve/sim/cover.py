@@ -1,8 +1,9 @@
 """Which faults met which requests: "sometimes" counters, added up over many worlds.
 
-A fault meets a request in the state in which it is when the fault strikes its host. What lasts meets it once
-more in every state that it comes to before the fault is over: once per fault, request and state, however
-long all three stay together.
+A fault that strikes a request (a client that goes away, an id that is used twice, a text that cannot be made)
+meets that one, in the state in which it is then, and what is leased for it at a peer. One that strikes a host
+or a link meets every request there. What lasts meets it once more in every state that it comes to before the
+fault is over: once per fault, request and state, however long all three stay together.
 """
 
 from collections import Counter
@@ -19,6 +20,13 @@ its prompt; generating; preempted and waiting; over, its pages leased to a peer.
 
 RARE = ("fetched", "preempted")
 """States that are seldom reached: faults look for them."""
+
+IMPOSSIBLE = {
+    ("X42", "loading"): "no text of it is made before it gets a slot",
+    ("X42", "preempted"): "its text goes on where it was",
+    ("X42", "leased"): "its text is complete",
+}
+"""Pairs of a fault and a state that cannot meet, and why."""
 
 Met = Counter[tuple[str, str]]
 """(fault, state) -> how often."""
@@ -47,6 +55,8 @@ class Cover:
         self.history = History()
         self._engines, self._clock = engines, clock
         self._present: dict[str, frozenset[Found]] = {}
+        self._before: dict[str, frozenset[Found]] = {}
+        """The same a step earlier."""
         self._lasting: dict[str, list[Spell]] = {}
 
     def strike(self, fault: str, hosts: Iterable[str]) -> None:
@@ -56,6 +66,23 @@ class Cover:
             self.history.strike(fault, hosts, self._clock())
         for host in hosts:
             self.met.update((fault, found[-1]) for found in self._here(host))
+
+    def strike_request(self, fault: str, places: Iterable[tuple[str, str]]) -> None:
+        """A fault strikes a request, now and no longer. Args: places: (host, id) of it, and of its leases."""
+        for host, request_id in dict.fromkeys(places):
+            self.history.strike(fault, (host,), self._clock())
+            self.met.update((fault, found[-1]) for found in self._here(host) if found[1] == request_id)
+
+    def strike_text(self, fault: str, request_id: str) -> None:
+        """A fault strikes a request while a step is decided or told of, in the state that it had before."""
+        for host, found in self._before.items():
+            if any(each[1] == request_id for each in self._here(host)):
+                states = {each[-1] for each in found if each[1] == request_id} or {"waiting"}
+                self.met.update((fault, state) for state in sorted(states))
+
+    def states(self, host: str, request_id: str) -> set[str]:
+        """Of a request's sequences, since the last step."""
+        return {found[-1] for found in self._here(host) if found[1] == request_id}
 
     def begin(self, fault: str, hosts: Iterable[str]) -> Spell:
         """A fault strikes these hosts, and stays."""
@@ -84,6 +111,7 @@ class Cover:
     def turned(self, engine: SimEngine) -> bool:
         """A step of an engine has been decided. Returns whether one of its requests is in a rare state."""
         found = frozenset(requests(engine))
+        self._before[engine.host] = self._present.get(engine.host, frozenset())
         self._present[engine.host] = found
         for spell in self._lasting.get(engine.host, ()):
             self.meet(spell, engine.host)
@@ -92,6 +120,7 @@ class Cover:
     def forget(self, host: str) -> None:
         """A life of a host has begun: it has no requests."""
         self._present.pop(host, None)
+        self._before.pop(host, None)
 
     def _here(self, host: str) -> frozenset[Found]:
         engine = self._engines.get(host)
@@ -122,13 +151,18 @@ def table(met: Met, names: dict[str, str]) -> list[str]:
     """Lines of a table: a row per fault, a column per state."""
     lines = [" ".join((f"{'fault':8}", *(f"{state:>10}" for state in STATES), "  what happens"))]
     for fault in sorted(names, key=lambda fault: int(fault[1:])):
-        counts = (f"{met[fault, state]:10,}" for state in STATES)
+        counts = (
+            f"{'-':>10}" if (fault, state) in IMPOSSIBLE else f"{met[fault, state]:10,}" for state in STATES
+        )
         lines.append(" ".join((f"{fault:8}", *counts, f"  {names[fault]}")))
     return lines
 
 
 def thin(met: Met, names: dict[str, str], least: int) -> list[tuple[str, str, int]]:
-    """Pairs of fault and state that met less than `least` times."""
+    """Pairs of fault and state that can meet, and met less than `least` times."""
     return [
-        (fault, state, met[fault, state]) for fault in names for state in STATES if met[fault, state] < least
+        (fault, state, met[fault, state])
+        for fault in names
+        for state in STATES
+        if (fault, state) not in IMPOSSIBLE and met[fault, state] < least
     ]
