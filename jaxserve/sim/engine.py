@@ -15,6 +15,7 @@ import numpy as np
 from jaxserve.core import DeviceDriver, EngineCore
 from jaxserve.drain import AbortAll, Await, Close, Drain
 from jaxserve.movers import Movers
+from jaxserve.pulse import Pulse
 from jaxserve.sequence import Sink
 from jaxserve.sim.clockwork import Clockwork, Timer
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
@@ -143,6 +144,7 @@ class SimEngine:
         self.hosts: dict[int, list[HostDriver]] = {}
         self.rounds: list[RoundDriver] = []
         self.plan: Plan | None = None
+        self._pulse = Pulse()
         self._around = surroundings
         self._recorder = recorder
         self._timer: Timer | None = None
@@ -196,6 +198,10 @@ class SimEngine:
     def clock(self) -> float:
         """Seconds, as this engine sees them."""
         return self.offset + self.rate * self._around.clockwork.now
+
+    def stalled(self, seconds: float) -> bool:
+        """See `jaxserve.loop.EngineLoop`."""
+        return self._pulse.stalled(self.clock(), seconds)
 
     # What clients do.
 
@@ -279,7 +285,9 @@ class SimEngine:
         core, weather = self.core, self._around.weather
         self.turned = True
         self._timer, self._computing = None, False
+        self._pulse.woken(self.clock())
         core.turn(core.inbox.collect(block=False))
+        self._pulse.turned(self.clock(), idle=core.idle)
         self._look_whether_drained()
         if core.working and self.plan is not None:
             self._computing = True

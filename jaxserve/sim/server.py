@@ -15,6 +15,7 @@ from jaxserve.api.errors import ApiError, internal_error
 from jaxserve.api.generation import ModelFacts
 from jaxserve.api.refusals import told
 from jaxserve.outputs import Transfer
+from jaxserve.server.options import ServerOptions
 from jaxserve.server.prepare import Prepared, Preparer
 from jaxserve.server.status import Status
 from jaxserve.sim.engine import SimEngine
@@ -44,10 +45,6 @@ class Reply:
     retry_after_s: int | None = None
 
 
-STALL_S = 60.0
-"""Only `/ready` asks for it, which no router does."""
-
-
 class SimServer:
     """`jaxserve.server.surface.PrepareSurface` and `jaxserve.server.status.Liveness` of one life of an
     engine."""
@@ -55,7 +52,7 @@ class SimServer:
     def __init__(self, engine: SimEngine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self._tokenizer = tokenizer
-        self._status = Status(self, STALL_S)
+        self._status = Status(self, ServerOptions().stall_s)
         self._count = 0
         facts = ModelFacts(
             names=(MODEL,),
@@ -72,8 +69,8 @@ class SimServer:
         return self.engine.alive
 
     def stalled(self, seconds: float) -> bool:
-        """See `Liveness`: no thread can hang here."""
-        return False
+        """See `Liveness`."""
+        return self.engine.stalled(seconds)
 
     @property
     def tokenizer(self) -> Tokenizer:

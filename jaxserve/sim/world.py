@@ -20,6 +20,7 @@ from jaxserve.sim.device import SimDevice
 from jaxserve.sim.engine import SimEngine, Surroundings
 from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
+from jaxserve.sim.health import Health
 from jaxserve.sim.laws import Laws, Names, no_leak
 from jaxserve.sim.loads import Loads
 from jaxserve.sim.recount import Recount
@@ -81,6 +82,7 @@ class World:
         self.nixl = FakeNixlNetwork(clock=lambda: self.clockwork.now, draw=self.storm.transfer)
         self.wire = SimWire(self.clockwork, self.storm.judge, self.storm.refuses)
         self.laws = Laws(Names(setup.model), self.nixl)
+        self._health = Health(self.laws.endings)
         self.clients = Clients(
             self.clockwork, setup.model, self.laws.names, setup.habits, self._engines, self.storm
         )
@@ -181,7 +183,9 @@ class World:
 
     def _after_event(self) -> None:
         self.clients.look()
-        self._complaints.check(self.clients.excuses)
+        for request_id in self._complaints.check(self.clients.excuses):
+            self.cover.strike_text("X42", request_id)
+        self._health.look(self.engines.values())
         if self.storm.posted:
             self._follow_transfers()
         if self._small or self.clockwork.events % LARGE_EVERY == 0:
@@ -194,6 +198,7 @@ class World:
         self.clockwork.note(f"{host} plan {note}")
         self.clients.strike(engine, inputs, plan, storm.failed_steps, storm.not_finite)
         self.excuses.step(engine)
+        self._health.step(engine)
         self.loads.step(engine, inputs, plan, self.clockwork.now)
         try:
             self.recounts[engine.epoch].take(inputs, plan)
