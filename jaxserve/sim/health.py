@@ -1,4 +1,4 @@
-"""I20: what a server's /ready says is so. The server's own rule (`jaxserve.server.status`), looked at from outside.
+"""I20: what a server says of itself at /ready is so: its own rule (`jaxserve.server.status`), from outside.
 
 Ten seconds after its last turn, an engine that has work at hand or a step under way is not ready; nor is one
 that was asked to end, or has ended. Every other is. One that is stopped answers nobody.

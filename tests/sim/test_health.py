@@ -38,9 +38,7 @@ def _draining_is_ready(self: Status) -> str | None:
         (Status, "not_ready", _draining_is_ready),
     ],
 )
-def test_a_readiness_that_lies_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, wrong: Any
-):
+def test_a_readiness_that_lies_is_noticed(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, wrong: Any):
     monkeypatch.setattr(where, name, wrong)
     laws = set()
     for seed in range(SEEDS):
