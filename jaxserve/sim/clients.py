@@ -48,6 +48,7 @@ class Clients:
     excuses: (epoch, why) of faults that may fail a request of an engine now.
     struck: (request, message) of requests that a failed step, or a row without numbers, has ended.
     router: that some of the requests go through; None: none does.
+    network: through which it reaches the servers, and the laws on it.
     broken: the first law that an answer has broken; the engine would swallow it.
     """
 
@@ -78,7 +79,7 @@ class Clients:
         self.broken: Broken | None = None
         self._asks = True
         self.router: SimRouter | None = None
-        self._through: _Network | None = None
+        self.network: Network | None = None
         self._servers: dict[str, SimServer] = {}
         self._lives: dict[str, SimEngine] = {}
         self._number = 0
@@ -92,16 +93,16 @@ class Clients:
             options = draw_router(self._clockwork, *hosts)
             laws = RouterLaws(
                 lambda: self._clockwork.now,
-                self.life,
+                self.lives,
                 self._links,
                 prefill=hosts[0],
                 decode=hosts[1],
                 options=options,
                 patient=lambda: not self._asks,
             )
-            self._through = _Network(self, SimHttp(self._clockwork, self, self._links, laws), laws)
+            self.network = Network(self, SimHttp(self._clockwork, self, self._links, laws), laws)
             self.router = SimRouter(
-                self._clockwork, self._through, prefill=hosts[0], decode=hosts[1], options=options
+                self._clockwork, self.network, prefill=hosts[0], decode=hosts[1], options=options
             )
         for client in range(many):
             self._later(client)
@@ -128,13 +129,13 @@ class Clients:
         """
         if self.broken is not None:
             raise self.broken
-        if self._through is not None:
-            self._through.laws.look()
+        if self.network is not None:
+            self.network.laws.look()
 
     def connection_lost(self, engine: SimEngine) -> None:
         """An engine has died: its clients learn it."""
-        if self._through is not None:
-            self._through.http.lost(engine)
+        if self.network is not None:
+            self.network.http.lost(engine)
         for ask in [ask for ask in self.asks.values() if ask.engine is engine]:
             ask.lost = True
             self.counts["lost"] += 1
@@ -174,9 +175,9 @@ class Clients:
 
     def ask_router(self, body: bytes, then: Callable[[Told], None]) -> None:
         """A request through the router. `then` is told once what its client gets."""
-        if self.router is None or self._through is None:
+        if self.router is None or self.network is None:
             raise RuntimeError("there is no router")
-        laws, call = self._through.laws, read_call(body)
+        laws, call = self.network.laws, read_call(body)
         self._number += 1
         number, stream = self._number, bool(call.body["stream"])
 
@@ -267,11 +268,15 @@ class Clients:
 
     # Servers, as a router meets them: see `jaxserve.sim.http.Servers`.
 
-    def life(self, host: str) -> SimEngine:
-        """See `Servers`."""
+    def lives(self) -> Mapping[str, SimEngine]:
+        """Of every host its current life, or its last one."""
         for engine in self._engines("any"):
             self._lives[engine.host] = engine
-        return self._lives[host]
+        return self._lives
+
+    def life(self, host: str) -> SimEngine:
+        """See `Servers`."""
+        return self.lives()[host]
 
     def health(self, engine: SimEngine) -> int:
         """See `Servers`."""
@@ -417,7 +422,7 @@ class Clients:
         return (ask.request.request_id, message) in self.struck
 
 
-class _Network:
+class Network:
     """`jaxserve.sim.router.Network` of all servers. Attributes: laws: that hold of its router."""
 
     def __init__(self, clients: Clients, http: SimHttp, laws: RouterLaws) -> None:

@@ -5,7 +5,7 @@ Nothing here asks the router what it thinks. Numbers R1 to R5 are those of docs/
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ class RouterLaws:
     def __init__(
         self,
         clock: Callable[[], float],
-        life: Callable[[str], SimEngine],
+        lives: Callable[[], Mapping[str, SimEngine]],
         links: Links,
         *,
         prefill: Sequence[str],
@@ -81,8 +81,12 @@ class RouterLaws:
         options: RouterOptions,
         patient: Callable[[], bool],
     ) -> None:
-        """Args: patient: no answer is too late now."""
-        self._clock, self._life, self._links, self._patient = clock, life, links, patient
+        """
+        Args:
+            lives: of every host its current life, or its last one.
+            patient: no answer is too late now.
+        """
+        self._clock, self._lives, self._links, self._patient = clock, lives, links, patient
         self._decode, self._options = tuple(decode), options
         self._hosts = {host: _Host() for host in (*prefill, *decode)}
         self._trips: dict[int, _Trip] = {}
@@ -160,13 +164,13 @@ class RouterLaws:
         """After every event. R3: a call to a server that says nothing is given up as soon as it has missed as
         many health checks as it may, and these are made in time."""
         now, options = self._clock(), self._options
+        lives, blocked, refuses = self._lives(), self._links.blocked, self._links.refuses
+        lost = refuses(ROUTER)
         for host, seen in self._hosts.items():
-            engine = self._life(host)
-            cut = self._links.blocked(ROUTER, host) or self._links.blocked(host, ROUTER)
-            files = not (self._links.refuses(host) or self._links.refuses(ROUTER))
-            mute = engine.alive and (cut or engine.paused)
+            engine = lives[host]
+            mute = engine.alive and (engine.paused or blocked(ROUTER, host) or blocked(host, ROUTER))
             seen.mute_since = (now if seen.mute_since is None else seen.mute_since) if mute else None
-            if not engine.alive or mute or not files or engine.draining is not None:
+            if lost or mute or not engine.alive or engine.draining is not None or refuses(host):
                 seen.well_since, seen.bad_at = None, now
             elif seen.well_since is None or seen.epoch != engine.epoch:
                 seen.well_since, seen.epoch = now, engine.epoch
