@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -76,9 +77,17 @@ def pinned(command: Sequence[str], cores: Sequence[int]) -> subprocess.Popen[byt
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A router, a prefill and a decode server. Attributes: urls, pids: in this order."""
+
+    urls: tuple[str, str, str]
+    pids: tuple[int, int, int]
+
+
 @contextlib.contextmanager
-def pair(args: argparse.Namespace) -> Generator[tuple[str, str, str]]:
-    """A router, a prefill and a decode server; their URLs."""
+def pair(args: argparse.Namespace) -> Generator[Running]:
+    """Starts the three, and ends them."""
     ports = free_ports(3)
     router, prefill, decode = (f"http://127.0.0.1:{port}" for port in ports)
     processes = []
@@ -86,12 +95,9 @@ def pair(args: argparse.Namespace) -> Generator[tuple[str, str, str]]:
         transfer = {"kv_connector": "NixlConnector", "kv_role": role}
         command = ["serve", args.model, "--port", str(port), "--kv-transfer-config", json.dumps(transfer)]
         command += ["--nixl-side-channel-port", "0", "--served-model-name", NAME, "--disable-log-stats"]
-        command += [
-            "--max-num-seqs",
-            str(args.max_num_seqs),
-            "--num-gpu-blocks-override",
-            str(args.num_pages),
-        ]
+        command += ["--max-num-seqs", str(args.max_num_seqs)]
+        command += ["--num-gpu-blocks-override", str(args.num_pages)]
+        command += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
         if args.records is not None:
             command += ["--record", str(args.records / f"{role}.record")]
         processes.append(pinned(command, args.cores[place : place + 1]))
@@ -102,7 +108,8 @@ def pair(args: argparse.Namespace) -> Generator[tuple[str, str, str]]:
         with httpx.Client(trust_env=False) as client:
             for url, process in zip((prefill, decode, router), processes, strict=True):
                 wait_ready(client, url, process)
-        yield router, prefill, decode
+        server_p, server_d, server_r = (process.pid for process in processes)
+        yield Running(urls=(router, prefill, decode), pids=(server_r, server_p, server_d))
     finally:
         for process in processes:
             process.terminate()
@@ -123,8 +130,9 @@ def wait_ready(client: httpx.Client, url: str, process: subprocess.Popen[bytes])
 def measure_costs(args: argparse.Namespace, urls: Sequence[str], path: Path) -> None:
     """`jaxserve bench steps` on the prefill server's core, while both servers have nothing to do."""
     command = ["bench", "steps", args.model, "--output", str(path), "--disable-tqdm", "--pair", *urls]
-    command += ["--engine", f"max_num_seqs={args.max_num_seqs}", "--engine", f"num_pages={args.num_pages}"]
-    command += ["--contexts", "64", "256", "512"]
+    for name in ("max_num_seqs", "num_pages", "max_num_batched_tokens"):
+        command += ["--engine", f"{name}={getattr(args, name)}"]
+    command += ["--contexts", "64", "256", "512", "--repetitions", str(args.repetitions)]
     if pinned(command, args.cores[:1]).wait():
         raise SystemExit("`jaxserve bench steps` has failed")
 
@@ -188,9 +196,10 @@ def compare(real: Sequence[Summary], simulated: Sequence[Summary]) -> tuple[str,
 
 def main() -> int:
     """Measures, simulates, compares."""
-    args = arguments()
+    args = arguments(sys.argv[1:])
     real, simulated = [], []
-    with tempfile.TemporaryDirectory() as folder, pair(args) as urls:
+    with tempfile.TemporaryDirectory() as folder, pair(args) as running:
+        urls = running.urls
         costs = args.step_cost or Path(folder) / "costs.json"
         if not costs.exists():
             measure_costs(args, urls, costs)
@@ -215,14 +224,23 @@ def main() -> int:
     return int(worst > args.within)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """A command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--model", default="smollm2")
-    add("--cores", type=int, nargs="*", default=[0, 1], help="of prefill and decode server; none: all cores")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    add(
+        "--cores",
+        type=int,
+        nargs="*",
+        default=cores[:2],
+        help="of prefill and decode server; none: all cores",
+    )
     add("--max-num-seqs", type=int, default=8)
     add("--num-pages", type=int, default=1024)
+    add("--max-num-batched-tokens", type=int, default=512)
+    add("--repetitions", type=int, default=7, help="of each measured step")
     add("--requests", type=int, default=60)
     add("--rate", type=float, default=1.0, help="requests per second")
     add("--rounds", type=int, default=3)
@@ -232,7 +250,7 @@ def arguments() -> argparse.Namespace:
         "--records", type=Path, metavar="FOLDER", help="keep what the servers' engines were given and decided"
     )
     add("--within", type=float, default=0.15)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

@@ -139,29 +139,39 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """CPU time so far, in seconds: of all cores together, idle, of us (this process and the server)."""
+    """CPU seconds so far: of all cores together, idle, of the servers, of their clients (this process and
+    those of its own that have ended)."""
 
     total_s: float
     idle_s: float
-    ours_s: float
+    server_s: float
+    clients_s: float
 
     @classmethod
-    def now(cls, pid: int) -> "Usage":
-        """With the server's process."""
+    def now(cls, *pids: int) -> "Usage":
+        """With the servers' processes."""
         with open("/proc/stat") as file:
             cores = [int(ticks) / _TICKS for ticks in file.readline().split()[1:9]]
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-        server_s = (int(fields[11]) + int(fields[12])) / _TICKS
-        return cls(total_s=sum(cores), idle_s=cores[3] + cores[4], ours_s=server_s + sum(os.times()[:2]))
+        server_s = 0.0
+        for pid in pids:
+            with open(f"/proc/{pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            server_s += (int(fields[11]) + int(fields[12])) / _TICKS
+        return cls(
+            total_s=sum(cores),
+            idle_s=cores[3] + cores[4],
+            server_s=server_s,
+            clients_s=sum(os.times()[:4]),
+        )
 
     def spare_since(self, before: "Usage") -> float:
-        """CPU seconds that others left to us since then, used or not."""
-        return (self.idle_s - before.idle_s) + (self.ours_s - before.ours_s)
+        """CPU seconds that were left to the servers since then, used or not."""
+        return (self.idle_s - before.idle_s) + (self.server_s - before.server_s)
 
     def others_since(self, before: "Usage") -> float:
-        """The share of the machine that others took since then."""
-        return 1 - self.spare_since(before) / (self.total_s - before.total_s)
+        """The share of the machine that neither the servers nor their clients had since then."""
+        ours_s = self.spare_since(before) + self.clients_s - before.clients_s
+        return 1 - ours_s / (self.total_s - before.total_s)
 
 
 def memory_bytes(pid: int) -> int:

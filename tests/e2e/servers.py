@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-START_S = 240.0
+START_S = 480.0
 STOP_S = 30.0
 
 
