@@ -34,8 +34,8 @@ from jaxserve.sim.http import Unwell
 from jaxserve.sim.server import Reply, error_reply
 
 SCHEME = "http://"
-SELDOM = 3
-"""After so many good checks in a row the next one is 8 intervals later: events are dearer here than time."""
+SELDOM = 5
+"""After so many good checks in a row the next one is 32 intervals later: events are dearer here than time."""
 
 
 class Line(Protocol):
