@@ -6,7 +6,7 @@ engine is compared with the one that was worked out without an engine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxserve.api.choices import Envelope
@@ -22,9 +22,10 @@ from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.expect import Expected, SimTokenizer, expected
 from jaxserve.sim.habits import Habits, draw_router
 from jaxserve.sim.hash_model import END, HashModel
-from jaxserve.sim.http import TRAVEL_S, Exchange, Links, SimHttp, Unwell
+from jaxserve.sim.http import TRAVEL_S, Links, SimHttp
 from jaxserve.sim.laws import Broken, Names
-from jaxserve.sim.router import Journey, Line, SimRouter, Told
+from jaxserve.sim.networks import Direct, Wired
+from jaxserve.sim.router import SimRouter, Told
 from jaxserve.sim.router_laws import RouterLaws
 from jaxserve.sim.server import Reply, SimServer, body_of, refusal
 from kv.moves import LOAD_FAILED
@@ -79,7 +80,7 @@ class Clients:
         self.broken: Broken | None = None
         self._asks = True
         self.router: SimRouter | None = None
-        self.network: Network | None = None
+        self.network: Wired | None = None
         self._servers: dict[str, SimServer] = {}
         self._lives: dict[str, SimEngine] = {}
         self._number = 0
@@ -100,7 +101,8 @@ class Clients:
                 options=options,
                 patient=lambda: not self._asks,
             )
-            self.network = Network(self, SimHttp(self._clockwork, self, self._links, laws), laws)
+            http = SimHttp(self._clockwork, self, self._links, laws)
+            self.network = Wired(http, laws, lambda: not self._asks)
             self.router = SimRouter(
                 self._clockwork, self.network, prefill=hosts[0], decode=hosts[1], options=options
             )
@@ -115,11 +117,6 @@ class Clients:
     @asking.setter
     def asking(self, asks: bool) -> None:
         self._asks = asks
-
-    @property
-    def asks_on(self) -> bool:
-        """Clients go on asking."""
-        return self._asks
 
     def look(self) -> None:
         """After every event.
@@ -210,7 +207,7 @@ class Clients:
     ) -> None:
         """Through a router that has these two lives behind it, waits as long as they take and checks nobody's
         health, so that nobody is asked twice. `request_id`: at both; None: they are numbered."""
-        here = _Direct(self, {engine.host: engine for engine in (first, second)})
+        here = Direct(self, {engine.host: engine for engine in (first, second)})
         router = SimRouter(self._clockwork, here, prefill=(first.host,), decode=(second.host,), options=None)
         call = read_call(body_of(prompt, sampling, salt, priority))
         router.send(call, lambda told: then(None, told.right), request_id=request_id)
@@ -292,7 +289,7 @@ class Clients:
         request_id: str | None,
         read: bool = True,
     ) -> Ask | None:
-        """See `Servers`. Args: read: somebody reads every answer; else only those of prefill engines."""
+        """See `Servers`."""
         host, clockwork = engine.host, self._clockwork
         if not engine.alive:
             clockwork.after(TRAVEL_S, f"{host} does not listen", lambda: hear(None))
@@ -420,64 +417,3 @@ class Clients:
         if message == "the request failed":
             return (epoch, "tokenizer") in self.excuses
         return (ask.request.request_id, message) in self.struck
-
-
-class Network:
-    """`jaxserve.sim.router.Network` of all servers. Attributes: laws: that hold of its router."""
-
-    def __init__(self, clients: Clients, http: SimHttp, laws: RouterLaws) -> None:
-        self._clients, self.http, self.laws = clients, http, laws
-
-    @property
-    def patient(self) -> bool:
-        """See `Network`."""
-        return not self._clients.asks_on
-
-    def post(self, journey: Journey, role: str, host: str, body: bytes, hear: Hear, *, stream: bool) -> Line:
-        """See `Network`."""
-        return self.http.post(journey.number, role, host, body, hear, stream=stream)
-
-    def close(self, line: Line) -> None:
-        """See `Network`."""
-        if isinstance(line, Exchange):
-            self.http.close(line)
-
-    def check(self, role: str, host: str, within_s: float, told: Callable[[int | Unwell], None]) -> None:
-        """See `Network`."""
-        self.http.check(role, host, within_s, told)
-
-
-@dataclass(slots=True, eq=False)
-class _DirectLine:
-    """`jaxserve.sim.router.Line`."""
-
-    ask: Ask | None = None
-    alive_at: float | None = None
-
-    @property
-    def forsaken(self) -> bool:
-        """See `Line`."""
-        return self.ask is not None and self.ask.aborted
-
-
-class _Direct:
-    """`jaxserve.sim.router.Network` of two lives, whatever comes after them: requests are there at once."""
-
-    patient = True
-
-    def __init__(self, clients: Clients, lives: dict[str, SimEngine]) -> None:
-        self._clients, self._lives = clients, lives
-
-    def post(self, journey: Journey, role: str, host: str, body: bytes, hear: Hear, *, stream: bool) -> Line:
-        """See `Network`."""
-        engine, name = self._lives[host], journey.request_id
-        return _DirectLine(
-            self._clients.serve(engine, body, hear, stream=stream, request_id=name, read=False)
-        )
-
-    def close(self, line: Line) -> None:
-        """See `Network`: nobody gives up here."""
-
-    def check(self, role: str, host: str, within_s: float, told: Callable[[int | Unwell], None]) -> None:
-        """See `Network`."""
-        told(Unwell.REFUSED)

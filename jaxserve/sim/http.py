@@ -73,9 +73,20 @@ class Servers(Protocol):
         ...
 
     def serve(
-        self, engine: SimEngine, body: bytes, hear: Hear, *, stream: bool, request_id: str | None
+        self,
+        engine: SimEngine,
+        body: bytes,
+        hear: Hear,
+        *,
+        stream: bool,
+        request_id: str | None,
+        read: bool = True,
     ) -> Ask | None:
-        """A request has come. None: it is refused, and `hear` is told so."""
+        """A request has come. None: it is refused, and `hear` is told so.
+
+        Args:
+            read: somebody reads every answer; else only those of prefill engines.
+        """
         ...
 
     def cancel(self, ask: Ask) -> None:

@@ -28,7 +28,6 @@ class _Call:
     """Attributes: how: "said", "broken" or "closed" once it is over; said: what the server answered."""
 
     exchange: Exchange
-    params: object
     how: str = "open"
     ended_at: float = 0.0
     said: Reply | None = None
@@ -124,7 +123,7 @@ class RouterLaws:
         late = call.role == "prefill" and trip.of("decode")
         if len(same) >= CALLS or late or len(trip.of("decode")) >= 2 * CALLS:
             raise Broken("R5", f"{call.host} is asked after {len(trip.calls)} calls for the same request")
-        self._calls[call] = _Call(call, params)
+        self._calls[call] = _Call(call)
         trip.calls.append(self._calls[call])
 
     def told(self, call: Exchange, reply: Reply | None) -> None:
