@@ -1,7 +1,7 @@
 """What `--deterministic` costs, and what it gives: two engines in one process, asked by turns.
 
-Prints the wall time of each mode and the median of the ratios of neighbouring turns, then how many answers have
-other bits among others than alone, in each mode.
+Prints the wall time of each mode and the median of the ratios of neighbouring turns, then how many answers
+have other bits among others than alone, in each mode.
 """
 
 import argparse
