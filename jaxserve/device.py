@@ -190,6 +190,7 @@ class Device:
             sampled, chunks = self._launch(bucket, packed, spans)
             tokens = bucket.tokens
         except Exception as failure:
+            logger.exception("a step could not be started")
             error = describe(failure)
         dispatch = Dispatch(
             tokens=tokens,
@@ -213,6 +214,8 @@ class Device:
             sampled = rows_of(unpack_sampled(np.asarray(pending.sampled)), pending.rows)
             spans = tuple((span, join(span, chunks)) for span, chunks in pending.spans)
         except Exception as error:
+            if pending.sampled is not None:  # else it was told of when it did not start
+                logger.exception("a step has failed")
             self._recover()
             outcome = Outcome(step_id=pending.step_id, tokens=np.zeros(0, np.int32), error=describe(error))
             return Executed(outcome=outcome, sampled=None, dispatch=pending.dispatch)

@@ -27,6 +27,7 @@ from jaxserve.assemble import Parts, assemble
 from jaxserve.census import PageCensus
 from jaxserve.collect import Collected, Prompt, as_list, pairs
 from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.connect import open_door
 from jaxserve.drain import AbortAll, Await, Close, Drain
 from jaxserve.loop import EngineLoop
 from jaxserve.outputs import (
@@ -40,7 +41,6 @@ from jaxserve.rerun import facts_of
 from jaxserve.sample import MAX_LOGPROBS, pack_slot
 from jaxserve.shapes import Shape
 from jaxserve.text import ChatTemplate, TemplatePool, Tokenizer
-from jaxserve.transfer import open_door
 from jaxserve.warn_once import warn_of_roles
 from jaxserve.weights.smollm2 import default_cache_dir
 from kv.config import NIXL, OFFLOADING, PRODUCER, SIMPLE_CPU

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from jaxserve.core import DeviceDriver, EngineCore, Recorder
 from jaxserve.inbox import Inbox
 from jaxserve.movers import Movers
+from jaxserve.pulse import Pulse
 from jaxserve.sequence import Sink
 from jaxserve.text import Tokenizer
 from metrics.engine import EngineStats
@@ -50,7 +51,7 @@ class EngineLoop:
             recorder=recorder,
         )
         self._clock = clock
-        self._busy_since: float | None = None
+        self._pulse = Pulse()
         self._logged = (clock(), self._core.stats)
         self._log_stats = log_stats
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
@@ -73,8 +74,7 @@ class EngineLoop:
 
     def stalled(self, seconds: float) -> bool:
         """Work is at hand, but no step was completed for that long."""
-        since = self._busy_since
-        return since is not None and self._clock() - since > seconds
+        return self._pulse.stalled(self._clock(), seconds)
 
     @property
     def move_stats(self) -> MoveStats:
@@ -105,16 +105,13 @@ class EngineLoop:
         core = self._core
         try:
             while True:
-                idle = core.idle
-                if idle:
-                    self._busy_since = None
-                arrived = self.inbox.collect(block=idle, timeout_s=core.pause)
+                arrived = self.inbox.collect(block=core.idle, timeout_s=core.pause)
                 if arrived.closing:
                     break
-                if idle:
-                    self._busy_since = self._clock()
+                self._pulse.woken(self._clock())
                 core.turn(arrived)
-                self._busy_since = now = self._clock()
+                now = self._clock()
+                self._pulse.turned(now, idle=core.idle)
                 self._maybe_log(now)
         except BaseException:
             logger.exception("the engine loop has ended")

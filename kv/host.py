@@ -4,6 +4,7 @@ Commands wait in two queues, loads before stores, each in the order of submissio
 pieces, so that a load need not wait for a long store, and so that a pool that moves need not wait for either.
 """
 
+import logging
 import mmap
 import os
 import sys
@@ -20,6 +21,9 @@ from kv.driver import Clock, PageCopies, Region
 from kv.moves import Command, Event, HostSource, Load, Loaded, Store, Stored
 from kv.tier import NO_SLOT
 from kv.types import DUMMY_PAGE
+from kv.unexpected import MISTAKES
+
+_log = logging.getLogger("jaxserve.transfers")
 
 PAGES_PER_PIECE = 32
 """Pages copied before the queues are looked at again."""
@@ -241,6 +245,8 @@ class HostDriver:
             move.done = error.part
             return _failed(move, str(error), arrived=move.done, stage="verify", digest_failures=1)
         if error is not None:
+            if isinstance(error, MISTAKES):
+                _log.error("a copy failed on a mistake of ours", exc_info=error)
             return _failed(move, f"{type(error).__name__}: {error}", arrived=move.done)
         return None if move.done < len(move.parts) else self._ended(move)
 

@@ -91,6 +91,10 @@ def make_agent(name: str) -> Agent:
     return api.nixl_agent(name, config)
 
 
+def _told(error: Exception) -> None:
+    _log.error("a transfer failed on a mistake of ours", exc_info=error)
+
+
 def _real_agent() -> Callable[[str], Agent]:
     load()
     return make_agent
@@ -141,6 +145,7 @@ class NixlDriver:
                 facts=facts,
                 config=config,
                 quarantine_pages_max=quarantine_pages_max,
+                unexpected=_told,
             )
         except BaseException:
             channel.close()

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kv.driver import Region
+from kv.unexpected import MISTAKES, Unexpected, raised
 from kv.wire import Welcome
 
 
@@ -69,9 +70,21 @@ class PoolAgent:
     keeps would keep NIXL's agent alive, and an agent that lives may still write.
     """
 
-    def __init__(self, make_agent: MakeAgent, name: str, regions: Sequence[Region], memory: str) -> None:
-        """Raises: AgentError."""
+    def __init__(
+        self,
+        make_agent: MakeAgent,
+        name: str,
+        regions: Sequence[Region],
+        memory: str,
+        unexpected: Unexpected = raised,
+    ) -> None:
+        """Args: unexpected: told of errors that are not NIXL's own, before they end what was asked for.
+
+        Raises:
+            AgentError: no agent can be made.
+        """
         self.name = name
+        self._unexpected = unexpected
         self._regions = tuple(regions)
         self._memory = memory
         self._transfers: dict[int, Any] = {}
@@ -85,7 +98,7 @@ class PoolAgent:
             pool = np.array([[r.address, r.num_bytes, r.device_id] for r in regions], np.uint64)
             self._registered.append(self._agent.register_memory(pool, memory))
         except Exception as error:
-            raise _said(error, "make an agent and register the pool") from None
+            raise self._said(error, "make an agent and register the pool") from None
 
     def metadata(self) -> bytes:
         """What a peer needs to read from here."""
@@ -117,7 +130,7 @@ class PoolAgent:
             self._lists.append(agent.prep_xfer_dlist("NIXL_INIT_AGENT", here))
             self._lists.append(agent.prep_xfer_dlist(self._remote, there))
         except Exception as error:
-            raise _said(error, "prepare transfers") from None
+            raise self._said(error, "prepare transfers") from None
 
     def post(self, targets: Sequence[int], sources: Sequence[int]) -> int:
         """Begins to read the peer's pages into targets, by index; returns a number for the transfer.
@@ -136,8 +149,8 @@ class PoolAgent:
                 raise AgentError("NIXL_ERR")
         except Exception as error:
             if handle is not None:
-                _quietly(agent.release_xfer_handle, handle)
-            raise _said(error, "post") from None
+                self._quietly(agent.release_xfer_handle, handle)
+            raise self._said(error, "post") from None
         self._next += 1
         self._transfers[self._next] = handle
         return self._next
@@ -160,7 +173,7 @@ class PoolAgent:
             told = agent.get_xfer_telemetry(handle)
         except Exception as error:
             self._forget(number)
-            raise _said(error, "read") from None
+            raise self._said(error, "read") from None
         self._forget(number)
         return Measured(
             num_bytes=told.totalBytes,
@@ -180,13 +193,13 @@ class PoolAgent:
         if agent is None:
             return
         for handle in self._transfers.values():
-            _quietly(agent.release_xfer_handle, handle)
+            self._quietly(agent.release_xfer_handle, handle)
         for prepared in self._lists:
-            _quietly(agent.release_dlist_handle, prepared)
+            self._quietly(agent.release_dlist_handle, prepared)
         if self._remote:
-            _quietly(agent.remove_remote_agent, self._remote)
+            self._quietly(agent.remove_remote_agent, self._remote)
         for registered in self._registered:
-            _quietly(agent.deregister_memory, registered)
+            self._quietly(agent.deregister_memory, registered)
         handle = prepared = registered = None
         self._transfers.clear()
         self._lists.clear()
@@ -200,18 +213,19 @@ class PoolAgent:
         return self._agent
 
     def _forget(self, number: int) -> None:
-        _quietly(self._alive.release_xfer_handle, self._transfers.pop(number))
+        self._quietly(self._alive.release_xfer_handle, self._transfers.pop(number))
 
+    def _said(self, error: Exception, doing: str) -> AgentError:
+        """NIXL's exceptions have no class of their own below Exception."""
+        if isinstance(error, MISTAKES):
+            self._unexpected(error)
+        text = " ".join(str(error).split()) or type(error).__name__
+        return AgentError(f"NIXL could not {doing}: {text}")
 
-def _said(error: Exception, doing: str) -> AgentError:
-    """NIXL's exceptions have no class of their own below Exception."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return AgentError(f"NIXL could not {doing}: {text}")
-
-
-def _quietly(release: Callable[[Any], None], what: Any) -> None:
-    """Releases at the end of a life; a refusal changes nothing, since deleting the agent ends all."""
-    try:
-        release(what)
-    except Exception:
-        return
+    def _quietly(self, release: Callable[[Any], None], what: Any) -> None:
+        """Releases at the end of a life; a refusal changes nothing, since deleting the agent ends all."""
+        try:
+            release(what)
+        except Exception as error:
+            if isinstance(error, MISTAKES):
+                self._unexpected(error)

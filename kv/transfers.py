@@ -18,6 +18,7 @@ from kv.transfer_agent import AgentError, MakeAgent, PoolAgent
 from kv.transfer_leases import Leases
 from kv.transfer_peer import Parts, Peer
 from kv.transfer_plan import EngineFacts, memory
+from kv.unexpected import Unexpected, raised
 from kv.wire import Message
 
 AGENTS_AGAIN_S = 1.0
@@ -49,15 +50,17 @@ class Transfers:
         facts: EngineFacts,
         config: ConnectorConfig,
         quarantine_pages_max: int | None = None,
+        unexpected: Unexpected = raised,
     ) -> None:
         """Args:
             make_agent: makes an agent of a name; one per peer, and one to be read from.
             quarantine_pages_max: None: QUARANTINE_SHARE of the pool, at least one page.
+            unexpected: see `PoolAgent`.
 
         Raises:
             AgentError: no agent can be made.
         """
-        self._make_agent = make_agent
+        self._make_agent, self._unexpected = make_agent, unexpected
         self._channel = channel
         self._copies = copies
         self._facts = facts
@@ -203,7 +206,7 @@ class Transfers:
     def _agent(self, purpose: str) -> PoolAgent:
         self._agents_made += 1
         name = f"{self._facts.engine_id}-{self._facts.epoch[:8]}-{purpose}-{self._agents_made}"
-        return PoolAgent(self._make_agent, name, self._regions, memory(self._regions))
+        return PoolAgent(self._make_agent, name, self._regions, memory(self._regions), self._unexpected)
 
     def _take_agent(self) -> PoolAgent:
         agent, self._spare = self._spare, None

@@ -18,7 +18,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "test-compilation
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # What these say of an assertion that fails must be as clear as in a test.
-pytest.register_assert_rewrite("tests.e2e.connectors.eviction", "tests.e2e.connectors.fleet")
+pytest.register_assert_rewrite(
+    *(f"tests.e2e.connectors.{name}" for name in ("chaos", "eviction", "fleet", "scenes")),
+)
 
 # The same examples in every run, so that a failure is a change's and not a draw's; no deadline, so that it is
 # not a busy machine's either. `HYPOTHESIS_PROFILE=default` draws new ones.

@@ -10,6 +10,7 @@ import httpx
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
+from jaxserve.router.exchange import patience
 from jaxserve.router.fleet import Backend
 from jaxserve.router.options import RouterOptions
 from jaxserve.router.relay import read_whole
@@ -53,7 +54,8 @@ class Upstream:
             max_keepalive_connections=MAX_IDLE,
             keepalive_expiry=KEEP_ALIVE_S,
         )
-        timeout = httpx.Timeout(options.silence_timeout_s, connect=options.connect_timeout_s)
+        self._prefill, waits = patience("prefill", options), patience("decode", options)
+        timeout = httpx.Timeout(waits.silence_s, connect=waits.connect_s)
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
 
     async def close(self) -> None:
@@ -100,11 +102,5 @@ class Upstream:
             TooLarge: the body is.
             httpx.TransportError: the backend failed.
         """
-        try:
-            async with (
-                asyncio.timeout(self._options.prefill_timeout_s),
-                self.asked(backend, ask) as response,
-            ):
-                return response, await read_whole(response)
-        except httpx.ReadTimeout:
-            raise TimeoutError from None
+        async with asyncio.timeout(self._prefill.whole_s), self.asked(backend, ask) as response:
+            return response, await read_whole(response)

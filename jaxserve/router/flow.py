@@ -8,8 +8,9 @@ from starlette.types import Receive, Scope, Send
 
 from jaxserve.api.errors import ApiError
 from jaxserve.router.ask import Ask, Upstream
-from jaxserve.router.calls import Call, decode_body, prefill_body, read_call, refuses_params, transfer_params
+from jaxserve.router.calls import Call, decode_body, prefill_body, read_call
 from jaxserve.router.counts import Tally
+from jaxserve.router.exchange import Trouble, failed, outcome, verdict
 from jaxserve.router.probes import Probes
 from jaxserve.router.relay import Reply, Stopped, TooLarge, outcome_of, read_whole, unless
 from jaxserve.router.route import (
@@ -17,20 +18,15 @@ from jaxserve.router.route import (
     AskDecode,
     AskPrefill,
     BreakOff,
-    Failed,
-    Failure,
     Finish,
     GiveUp,
-    LeftUnread,
     Outcome,
-    ParamsRefused,
     Passed,
     PassRefusal,
     Probe,
     Probed,
     Route,
     Verdict,
-    judge,
 )
 from jaxserve.router.status import RouterStatus
 from jaxserve.server.body import ClientGone
@@ -86,11 +82,11 @@ class GenerationFlow:
         while True:
             match route.order:
                 case AskPrefill() as order:
-                    outcome = await self._prefill(order, asking)
+                    came = await self._prefill(order, asking)
                 case AskDecode() as order:
-                    outcome = await self._decode(order, asking)
+                    came = await self._decode(order, asking)
                 case Probe(backend=backend):
-                    outcome = Probed(well=await self._probes.probe(backend))
+                    came = Probed(well=await self._probes.probe(backend))
                 case PassRefusal() if asking.refusal is not None:
                     await reply.whole(*asking.refusal)
                     return await reply.end()
@@ -100,32 +96,23 @@ class GenerationFlow:
                     raise error
                 case BreakOff(error=error):
                     return await reply.break_off(error)
-            route.take(outcome)
+            route.take(came)
 
     async def _prefill(self, order: AskPrefill, asking: Asking) -> Outcome:
         """Puts the prompt to P."""
         ask = Ask(path=asking.path, headers=asking.headers, body=prefill_body(asking.call))
         began_s, backend = self._upstream.now_s(), order.backend
         try:
-            silent, ending = self._probes.silent(backend), self._status.ending
-            response, answer = await unless((silent, ending), self._upstream.ask_whole(backend, ask))
-        except Stopped:
-            return self._stopped()
-        except TimeoutError:
-            return Failed(failure=Failure.LATE)
-        except httpx.TransportError as error:
-            return Failed(failure=Failure.BROKEN, why=type(error).__name__)
-        except TooLarge:
-            return Failed(failure=Failure.TOO_LARGE)
+            stops = (self._probes.silent(backend), self._status.ending)
+            response, answer = await unless(stops, self._upstream.ask_whole(backend, ask))
+        except (Stopped, TooLarge, TimeoutError, httpx.TransportError) as error:
+            return failed(order, self._trouble(error), why=type(error).__name__)
         asking.refusal = (response, answer)
-        if response.status_code != 200:
-            return Answered(status=response.status_code)
-        try:
-            params = transfer_params(answer)
-        except ValueError as error:
-            return Failed(failure=Failure.NONSENSE, why=f"its answer makes no sense: {error}")
-        self._tally.prefilled(self._upstream.now_s() - began_s)
-        return Answered(status=200, params=params)
+        how = verdict(self._probes.fleet, order, response.status_code)
+        came = outcome(order, how, response.status_code, answer)
+        if isinstance(came, Answered) and came.status == 200:
+            self._tally.prefilled(self._upstream.now_s() - began_s)
+        return came
 
     async def _decode(self, order: AskDecode, asking: Asking) -> Outcome:
         """Passes one D's answer on."""
@@ -135,37 +122,39 @@ class GenerationFlow:
         async def relay() -> Outcome:
             began_s = self._upstream.now_s()
             async with self._upstream.asked(backend, ask) as response:
-                match judge(self._probes.fleet, order, response.status_code):
-                    case Verdict.LEAVE:
-                        return LeftUnread(status=response.status_code)
-                    case Verdict.READ:
-                        answer = await read_whole(response)
-                        if refuses_params(answer):
-                            return ParamsRefused()
-                        await reply.whole(response, answer)
-                    case Verdict.PASS_ON:
-                        await reply.pass_on(
-                            response, lambda: self._tally.first_byte(self._upstream.now_s() - began_s)
-                        )
-                        if response.status_code == 200:
-                            self._tally.decoded(self._upstream.now_s() - began_s)
-                return Passed()
+                status, answer = response.status_code, b""
+                how = verdict(self._probes.fleet, order, status)
+                if how is Verdict.READ:
+                    answer = await read_whole(response)
+                elif how is Verdict.PASS_ON:
+                    await reply.pass_on(
+                        response, lambda: self._tally.first_byte(self._upstream.now_s() - began_s)
+                    )
+                    if status == 200:
+                        self._tally.decoded(self._upstream.now_s() - began_s)
+                came = outcome(order, how, status, answer)
+                if how is Verdict.READ and isinstance(came, Passed):
+                    await reply.whole(response, answer)
+                return came
 
         try:
             return await unless((self._probes.silent(backend), self._status.ending), relay())
-        except Stopped:
-            return self._stopped(reply)
-        except TooLarge:
-            return _failed(Failure.TOO_LARGE, reply)
-        except httpx.TimeoutException:
-            return _failed(Failure.LATE, reply)
-        except httpx.TransportError as error:
-            return _failed(Failure.BROKEN, reply, type(error).__name__)
+        except (Stopped, TooLarge, httpx.TransportError) as error:
+            begun = reply.status is not None
+            return failed(order, self._trouble(error), why=type(error).__name__, begun=begun)
 
-    def _stopped(self, reply: Reply | None = None) -> Failed:
-        """A call was given up: the backend has fallen silent, or the router ends."""
-        return _failed(Failure.ENDING if self._status.ending.is_set() else Failure.SILENT, reply)
-
-
-def _failed(failure: Failure, reply: Reply | None, why: str = "") -> Failed:
-    return Failed(failure=failure, why=why, begun=reply is not None and reply.status is not None)
+    def _trouble(self, error: Exception) -> Trouble:
+        """What has ended a call before its answer did."""
+        match error:
+            case Stopped():  # it was given up: the backend has fallen silent, or the router ends
+                return Trouble.ENDING if self._status.ending.is_set() else Trouble.SILENT
+            case TooLarge():
+                return Trouble.TOO_LARGE
+            case TimeoutError():
+                return Trouble.OVERDUE
+            case httpx.ReadTimeout():
+                return Trouble.QUIET
+            case httpx.TimeoutException():
+                return Trouble.UNSENT
+            case _:
+                return Trouble.BROKEN

@@ -1,5 +1,6 @@
 """The application: routes around one engine."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from starlette.applications import Starlette
@@ -33,7 +34,7 @@ def create_app(engine: EngineSurface, options: ServerOptions) -> Starlette:
     status = Status(engine, options.stall_s)
     facts = facts_of(engine)
     threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
-    preparer = Preparer(engine, facts)
+    preparer = Preparer(engine, facts, clock=time.monotonic, wall_clock=time.time)
     small = SmallRoutes(engine, options, status, facts)
     completions = GenerationRoute(engine, options, status, preparer.completion, threads)
     chat = GenerationRoute(engine, options, status, preparer.chat, threads)

@@ -31,7 +31,7 @@ class ServerOptions:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     admin_key: str | None = field(default=None, repr=False)
     shutdown_timeout_s: float = 30.0
-    stall_s: float = 60.0
+    stall_s: float = 10.0
     header_timeout_s: float = 5.0
     body_timeout_s: float = 10.0
     write_timeout_s: float = 30.0

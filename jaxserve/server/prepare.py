@@ -1,7 +1,6 @@
 """A request body to engine requests: JSON, validation, chat template, tokens. Slow, so done in a thread."""
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,15 +39,30 @@ class Prepared:
 
 
 class Preparer:
-    """Turns bodies into values. Stateless but for the rate of one log line; callable from any thread."""
+    """Turns bodies into values. Stateless but for the rate of one log line; callable from any thread.
 
-    def __init__(self, engine: PrepareSurface, facts: ModelFacts) -> None:
+    Args:
+        engine: that the requests are for.
+        facts: of its model.
+        clock: for intervals, in seconds.
+        wall_clock: for what answers say of when they were made, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        engine: PrepareSurface,
+        facts: ModelFacts,
+        *,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
         self._engine = engine
         self._facts = facts
+        self._clock, self._wall_clock = clock, wall_clock
         self._max_chars = body_limit(facts.max_model_len)
         tokenizer = engine.tokenizer
         self._control = ControlTokens(tokenizer.token(token_id) for token_id in tokenizer.special_ids)
-        self._unknown_logged_at = -UNKNOWN_LOG_INTERVAL_S
+        self._unknown_logged_at: float | None = None
 
     def completion(self, body: bytes) -> Prepared:
         """A request to /v1/completions.
@@ -176,7 +190,7 @@ class Preparer:
         envelope = Envelope(
             reply_id=reply_id,
             chat=chat,
-            created=int(time.time()),
+            created=int(self._wall_clock()),
             generation=generation,
             prompts=tuple((text, ids) for text, (ids, _) in zip(texts, fitted, strict=True)),
             only_prompt=only_prompt,
@@ -216,8 +230,8 @@ class Preparer:
         )
 
     def _log_unknown(self, keys: tuple[str, ...]) -> None:
-        now = time.monotonic()
-        if keys and now - self._unknown_logged_at >= UNKNOWN_LOG_INTERVAL_S:
+        now, last = self._clock(), self._unknown_logged_at
+        if keys and (last is None or now - last >= UNKNOWN_LOG_INTERVAL_S):
             self._unknown_logged_at = now
             shown = ", ".join(printable(key, 32) for key in keys[:8])
             logger.warning("unknown request fields are ignored, among them: %s", shown)

@@ -44,7 +44,8 @@ class SmallRoutes:
 
     async def health(self, request: Request) -> Response:
         """200 while the engine's loop lives."""
-        return Response() if self._engine.alive else error_response(unavailable("The engine has stopped."))
+        self._status.check_alive()
+        return Response()
 
     async def ready(self, request: Request) -> Response:
         """200 while new requests would be served."""

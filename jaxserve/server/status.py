@@ -2,15 +2,24 @@
 
 import contextlib
 from collections.abc import Generator
+from typing import Protocol
 
 from jaxserve.api.errors import unavailable
-from jaxserve.server.surface import EngineSurface
+
+
+class Liveness(Protocol):
+    """What is asked of an engine; see `jaxserve.server.surface.EngineSurface`."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    def stalled(self, seconds: float) -> bool: ...
 
 
 class Status:
     """One server's state of life. Used on the event loop only."""
 
-    def __init__(self, engine: EngineSurface, stall_s: float) -> None:
+    def __init__(self, engine: Liveness, stall_s: float) -> None:
         self._engine = engine
         self._stall_s = stall_s
         self.draining = False
@@ -29,6 +38,11 @@ class Status:
         """Raises ApiError 503 while the server drains, or once the engine's loop has ended."""
         if self.draining:
             raise unavailable("The server is shutting down.")
+        self.check_alive()
+
+    def check_alive(self) -> None:
+        """What a health check asks: raises ApiError 503 once the engine's loop has ended. A server that
+        drains is well, since it answers what it took in."""
         if not self._engine.alive:
             raise unavailable("The engine has stopped.")
 

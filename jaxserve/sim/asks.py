@@ -1,15 +1,17 @@
 """One request at one simulated engine: is what comes right, and what does its client see of it?"""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from jaxserve.api.choices import Envelope
 from jaxserve.api.errors import ApiError
 from jaxserve.api.logprobs import Vocabulary
-from jaxserve.api.replies import check_finish, full_reply, merge
+from jaxserve.api.replies import ChunkWriter, check_finish, full_reply, merge
 from jaxserve.outputs import Delta
+from jaxserve.server.answers import LAST_EVENT, event
 from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.expect import Expected, text_of
 from jaxserve.sim.laws import Broken
@@ -29,8 +31,10 @@ class Ask:
     Attributes:
         right: what must come, per sequence.
         hear: of its client.
-        stream: the client hears when the answer begins.
+        stream: the client hears of the answer bit by bit.
         envelope: of an answer whose body is read.
+        writer: of an answer that is streamed and read.
+        sent: the events of it so far.
         tokens, text: per sequence, what has come.
         ended: sequences that have ended, with their reasons.
         failure: what the first sequence that failed ended with.
@@ -38,16 +42,16 @@ class Ask:
         aborted: whoever asked wants it no more.
         deaf: and does not listen any more.
         lost: the engine has died.
-        heard_at: virtual time of the last delta.
     """
 
     engine: SimEngine
     request: Request
     right: list[Expected]
     hear: Hear
-    heard_at: float
     stream: bool = False
     envelope: Envelope | None = None
+    writer: ChunkWriter | None = None
+    sent: list[bytes] = field(default_factory=list)
     tokens: dict[int, list[int]] = field(default_factory=dict)
     text: dict[int, str] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
@@ -108,6 +112,8 @@ class Ask:
             self.deltas.append(delta)
         if delta.finish_reason is not None:
             self._end(delta, where, right, excused)
+        if self.writer is not None and self.failure is None:
+            self.sent += [event(chunk) for chunk in self.writer.chunks(0, delta)]
 
     def _end(self, delta: Delta, where: str, right: Expected, excused: Callable[["Ask", str], bool]) -> None:
         reason = delta.finish_reason
@@ -127,14 +133,23 @@ class Ask:
 
     def reply(self, vocabulary: Vocabulary) -> Reply:
         """What its client gets at the end. An error in a stream that has begun is an event of it."""
-        if self.begun:
-            return Reply(status=200, right=self.whole)
+        last: list[dict[str, object]] = []
         try:
             if self.failure is not None:
                 check_finish(self.failure)
             if self.envelope is None:
                 return Reply(status=200, right=True)
-            answer = full_reply(self.envelope, [(0, merge(self.deltas))], vocabulary)
+            if self.writer is None:
+                by_index = [
+                    merge([delta for delta in self.deltas if delta.index == index])
+                    for index in sorted(self.ended)
+                ]
+                answer = full_reply(self.envelope, [(0, delta) for delta in by_index], vocabulary)
+                return Reply(status=200, body=msgspec.json.encode(answer), right=True)
+            last = self.writer.last()
         except ApiError as error:
-            return error_reply(error)
-        return Reply(status=200, body=json.dumps(answer).encode(), right=True)
+            if not self.begun:
+                return error_reply(error)
+            last = [error.body()]
+        body = b"".join((*self.sent, *map(event, last), LAST_EVENT))
+        return Reply(status=200, body=body, right=self.whole)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from jaxserve.sim.asks import Ask
 from jaxserve.sim.engine import Node, SimEngine
+from jaxserve.sim.http import ACCEPT_S, AGAIN_MOST_S
 from jaxserve.sim.strikes import RESTART_S
 from kv.transfer_peer import CALL_S
 from kv.transfers import AGENTS_AGAIN_S, QUARANTINE_S
@@ -49,5 +50,7 @@ def bound_s(
     )
     ends_s = max(drains, default=-RESTART_S) + RESTART_S
     loads_s = 2 * (deadline_s + CALL_S + POLL_S) + AGENTS_AGAIN_S
+    # A router is patient by then: what it has asked comes as soon as its links are mended.
+    links_s = AGAIN_MOST_S + ACCEPT_S
     hangs_s = hanging * (QUARANTINE_S + POLL_S)
-    return AGAIN * (coming_s + ends_s + loads_s + lease_s + 2 * pace * work_s + hangs_s)
+    return AGAIN * (coming_s + ends_s + loads_s + lease_s + 2 * pace * work_s + links_s + hangs_s)

@@ -5,22 +5,27 @@ pages, then a decode engine reads them, and other engines are asked where these 
 engine is compared with the one that was worked out without an engine.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.api.choices import Envelope
 from jaxserve.api.errors import ApiError
+from jaxserve.api.replies import ChunkWriter
 from jaxserve.outputs import Delta, EngineError, RequestRefused
-from jaxserve.router.calls import read_call
+from jaxserve.router.calls import Call, read_call
+from jaxserve.router.route import Finish
+from jaxserve.sim.answers import check_answer
 from jaxserve.sim.asks import Ask, Hear
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.expect import Expected, SimTokenizer, expected
 from jaxserve.sim.habits import Habits, draw_router
 from jaxserve.sim.hash_model import END, HashModel
+from jaxserve.sim.http import TRAVEL_S, Exchange, Links, SimHttp, Unwell
 from jaxserve.sim.laws import Broken, Names
-from jaxserve.sim.router import SimRouter
+from jaxserve.sim.router import Journey, Line, SimRouter, Told
+from jaxserve.sim.router_laws import RouterLaws
 from jaxserve.sim.server import Reply, SimServer, body_of, refusal
 from kv.moves import LOAD_FAILED
 from scheduler.types import FinishReason, Inputs, Plan, Request, SamplingParams
@@ -30,8 +35,6 @@ REFUSALS_S = 3.0
 """After a refusal a client waits about so long."""
 OUTAGES_S = 2.0
 """After an error of the router, which has tried what there is."""
-TRAVEL_S = 0.001
-"""Of an answer."""
 BEGUN = Reply(status=200, over=False)
 
 Then = Callable[[Mapping[str, Any] | None, bool], None]
@@ -45,6 +48,7 @@ class Clients:
     excuses: (epoch, why) of faults that may fail a request of an engine now.
     struck: (request, message) of requests that a failed step, or a row without numbers, has ended.
     router: that some of the requests go through; None: none does.
+    network: through which it reaches the servers, and the laws on it.
     broken: the first law that an answer has broken; the engine would swallow it.
     """
 
@@ -55,8 +59,14 @@ class Clients:
         names: Names,
         habits: Habits,
         engines: Callable[[str], list[SimEngine]],
+        links: Links | None = None,
     ) -> None:
-        """Args: engines: those that take requests now, of a kind: "prefill", "decode" or "any"."""
+        """
+        Args:
+            engines: those that take requests now, of a kind: "prefill", "decode" or "any".
+            links: between the router and them; None: calm ones.
+        """
+        self._links = Links() if links is None else links
         self._clockwork, self._model, self._names = clockwork, model, names
         self._habits, self._engines = habits, engines
         self._tokenizer = SimTokenizer()
@@ -69,6 +79,7 @@ class Clients:
         self.broken: Broken | None = None
         self._asks = True
         self.router: SimRouter | None = None
+        self.network: Network | None = None
         self._servers: dict[str, SimServer] = {}
         self._lives: dict[str, SimEngine] = {}
         self._number = 0
@@ -79,12 +90,19 @@ class Clients:
         if prefill and decode:
             self._lives = {engine.host: engine for engine in (*prefill, *decode)}
             hosts = [engine.host for engine in prefill], [engine.host for engine in decode]
-            self.router = SimRouter(
-                self._clockwork,
-                self,
+            options = draw_router(self._clockwork, *hosts)
+            laws = RouterLaws(
+                lambda: self._clockwork.now,
+                self.lives,
+                self._links,
                 prefill=hosts[0],
                 decode=hosts[1],
-                options=draw_router(self._clockwork, *hosts),
+                options=options,
+                patient=lambda: not self._asks,
+            )
+            self.network = Network(self, SimHttp(self._clockwork, self, self._links, laws), laws)
+            self.router = SimRouter(
+                self._clockwork, self.network, prefill=hosts[0], decode=hosts[1], options=options
             )
         for client in range(many):
             self._later(client)
@@ -98,8 +116,26 @@ class Clients:
     def asking(self, asks: bool) -> None:
         self._asks = asks
 
+    @property
+    def asks_on(self) -> bool:
+        """Clients go on asking."""
+        return self._asks
+
+    def look(self) -> None:
+        """After every event.
+
+        Raises:
+            Broken: a law on answers, or on the router, is.
+        """
+        if self.broken is not None:
+            raise self.broken
+        if self.network is not None:
+            self.network.laws.look()
+
     def connection_lost(self, engine: SimEngine) -> None:
         """An engine has died: its clients learn it."""
+        if self.network is not None:
+            self.network.http.lost(engine)
         for ask in [ask for ask in self.asks.values() if ask.engine is engine]:
             ask.lost = True
             self.counts["lost"] += 1
@@ -121,22 +157,44 @@ class Clients:
         def again(params: Mapping[str, Any] | None, ok: bool) -> None:
             self._later(client)
 
-        def answered(ok: bool) -> None:
-            pause = 0.0 if ok else chance.expovariate(1.0 / OUTAGES_S)
-            self._clockwork.after(pause, f"client {client} is told", lambda: self._later(client))
-
         chance = self._clockwork.chance
         if self.router is not None and chance.random() < self._habits.split:
             self.counts["split"] += 1
-            stream = chance.random() < 0.5
-            call = read_call(body_of(prompt, sampling, salt, priority, stream=stream))
-            self.router.send(call, answered, stream=stream)
+            body = body_of(prompt, sampling, salt, priority, stream=chance.random() < 0.5)
+            self.ask_router(body, lambda told: self._answered(client, told))
         else:
             engines = self._engines("any")
             if not engines:
                 self._later(client)
                 return
             self.ask(chance.choice(engines), prompt, sampling, salt, priority, again)
+
+    def _answered(self, client: int, told: Told) -> None:
+        pause = 0.0 if told.right else self._clockwork.chance.expovariate(1.0 / OUTAGES_S)
+        self._clockwork.after(pause, f"client {client} is told", lambda: self._later(client))
+
+    def ask_router(self, body: bytes, then: Callable[[Told], None]) -> None:
+        """A request through the router. `then` is told once what its client gets."""
+        if self.router is None or self.network is None:
+            raise RuntimeError("there is no router")
+        laws, call = self.network.laws, read_call(body)
+        self._number += 1
+        number, stream = self._number, bool(call.body["stream"])
+
+        def told(what: Told) -> None:
+            laws.ended(number, what)
+            if isinstance(what.end, Finish) and what.reply is not None and what.reply.status == 200:
+                check_answer(what.reply, self._wanted(call), stream=stream)
+            then(what)
+
+        laws.begins(number, body)
+        self.router.send(call, told, number=number, stream=stream)
+
+    def _wanted(self, call: Call) -> Sequence[Expected]:
+        """What must come of a client's body, as a server reads it."""
+        engine = next(iter(self._lives.values()))
+        (request,) = SimServer(engine, self._tokenizer).read_only(call.raw).requests
+        return self._right(engine, request)
 
     def split(
         self,
@@ -152,10 +210,10 @@ class Clients:
     ) -> None:
         """Through a router that has these two lives behind it, waits as long as they take and checks nobody's
         health, so that nobody is asked twice. `request_id`: at both; None: they are numbered."""
-        here = _Pair(self, {engine.host: engine for engine in (first, second)})
+        here = _Direct(self, {engine.host: engine for engine in (first, second)})
         router = SimRouter(self._clockwork, here, prefill=(first.host,), decode=(second.host,), options=None)
         call = read_call(body_of(prompt, sampling, salt, priority))
-        router.send(call, lambda ok: then(None, ok), request_id=request_id)
+        router.send(call, lambda told: then(None, told.right), request_id=request_id)
 
     def ask(
         self,
@@ -199,7 +257,8 @@ class Clients:
         if not engine.alive:
             raise EngineError("nobody listens")
         right = self._right(engine, request)
-        ask = Ask(engine, request, right, hear, self._clockwork.now, stream, envelope)
+        writer = ChunkWriter(envelope, self._tokenizer) if stream and envelope is not None else None
+        ask = Ask(engine, request, right, hear, stream, envelope, writer)
         engine.submit(request, lambda delta: self._sink(ask, delta))
         if request.request_id not in self.asks:
             self._learn(engine, ask)
@@ -207,45 +266,43 @@ class Clients:
         self.counts["asked"] += 1
         return ask
 
-    # What the router needs: see `Network`.
+    # Servers, as a router meets them: see `jaxserve.sim.http.Servers`.
 
-    def post(self, host: str, body: bytes, hear: Hear, *, stream: bool, request_id: str | None) -> Ask | None:
-        """See `Network`."""
-        return self.post_to(self._life(host), body, hear, stream=stream, request_id=request_id)
+    def lives(self) -> Mapping[str, SimEngine]:
+        """Of every host its current life, or its last one."""
+        for engine in self._engines("any"):
+            self._lives[engine.host] = engine
+        return self._lives
 
-    def leave(self, ask: Ask) -> None:
-        """See `Network`."""
-        ask.deaf = True
-        if ask.engine.alive and not ask.over:
-            self.abort(ask)
+    def life(self, host: str) -> SimEngine:
+        """See `Servers`."""
+        return self.lives()[host]
 
-    @property
-    def patient(self) -> bool:
-        """See `Network`."""
-        return not self._asks
+    def health(self, engine: SimEngine) -> int:
+        """See `Servers`."""
+        return self._server(engine).health()
 
-    def health(self, host: str) -> str:
-        """See `Network`."""
-        engine = self._life(host)
-        return "gone" if not engine.alive else "stopped" if engine.paused else "well"
-
-    def post_to(
-        self, engine: SimEngine, body: bytes, hear: Hear, *, stream: bool, request_id: str | None
+    def serve(
+        self,
+        engine: SimEngine,
+        body: bytes,
+        hear: Hear,
+        *,
+        stream: bool,
+        request_id: str | None,
+        read: bool = True,
     ) -> Ask | None:
-        """A request to the server before an engine; None: it was not taken, and `hear` is told so."""
+        """See `Servers`. Args: read: somebody reads every answer; else only those of prefill engines."""
         host, clockwork = engine.host, self._clockwork
         if not engine.alive:
             clockwork.after(TRAVEL_S, f"{host} does not listen", lambda: hear(None))
             return None
-        server = self._servers.get(engine.epoch)
-        if server is None:
-            server = self._servers[engine.epoch] = SimServer(engine, self._tokenizer)
         try:
-            prepared = server.read(body)
+            prepared = self._server(engine).read(body)
             (request,) = prepared.requests
             if request_id is not None:
                 request = replace(request, request_id=request_id)
-            envelope = prepared.envelope if request.lease else None
+            envelope = prepared.envelope if read or request.lease else None
             return self._submit(engine, request, hear, stream=stream, envelope=envelope)
         except (ApiError, EngineError, RequestRefused) as failure:
             self.counts["refused"] += 1
@@ -253,11 +310,16 @@ class Clients:
             clockwork.after(TRAVEL_S, f"{host} refuses with {reply.status}", lambda: hear(reply))
             return None
 
-    def _life(self, host: str) -> SimEngine:
-        """The last life of an engine that was seen."""
-        for engine in self._engines("any"):
-            self._lives[engine.host] = engine
-        return self._lives[host]
+    def cancel(self, ask: Ask) -> None:
+        """See `Servers`."""
+        ask.aborted = True
+        ask.engine.abort(ask.request.request_id)
+
+    def _server(self, engine: SimEngine) -> SimServer:
+        server = self._servers.get(engine.epoch)
+        if server is None:
+            server = self._servers[engine.epoch] = SimServer(engine, self._tokenizer)
+        return server
 
     def probe(self, first: SimEngine, second: SimEngine, length: int, over: list[bool]) -> None:
         """A prompt that nobody has seen goes through two engines; `over` gets whether it was answered."""
@@ -265,16 +327,10 @@ class Clients:
         sampling = SamplingParams(temperature=0.0, max_tokens=2, seed=1, ignore_eos=True)
         self.split(first, second, prompt, sampling, "", 0, lambda params, ok: over.append(ok))
 
-    def repeat(self, engine: SimEngine, times: int) -> None:
-        """One client asks the same again and again, without waiting."""
-        prompt, sampling, salt, priority = self._habits.draw(self._clockwork)
-        for _ in range(times):
-            self.ask(engine, prompt, sampling, salt, priority, lambda params, ok: None)
-
     def abort(self, ask: Ask) -> None:
-        """The client has gone."""
-        ask.aborted = True
-        ask.engine.abort(ask.request.request_id)
+        """The client has gone: from its router, which lets go of the engine, or from the engine."""
+        if self.router is None or not self.router.forsake(ask):
+            self.cancel(ask)
 
     def strike(
         self,
@@ -330,7 +386,6 @@ class Clients:
     def _sink(self, ask: Ask, delta: Delta) -> None:
         if ask.lost:
             return
-        ask.heard_at = self._clockwork.now
         try:
             ask.take(delta, self._excused)
             self._tell(ask)
@@ -340,9 +395,12 @@ class Clients:
     def _tell(self, ask: Ask) -> None:
         """What has come goes to whoever asked."""
         host = ask.engine.host
-        if ask.stream and not ask.begun and not ask.over and ask.failure is None:
-            ask.begun = True
-            self._clockwork.after(TRAVEL_S, f"{host} begins to answer", lambda: ask.hear(BEGUN))
+        if ask.stream and not ask.over and ask.failure is None and not ask.deaf:
+            if ask.begun:
+                ask.hear(BEGUN)
+            else:
+                ask.begun = True
+                self._clockwork.after(TRAVEL_S, f"{host} begins to answer", lambda: ask.hear(BEGUN))
         if not ask.over:
             return
         del self.asks[ask.request.request_id]
@@ -364,22 +422,62 @@ class Clients:
         return (ask.request.request_id, message) in self.struck
 
 
-class _Pair:
-    """`jaxserve.sim.router.Network` of two lives, whatever comes after them."""
+class Network:
+    """`jaxserve.sim.router.Network` of all servers. Attributes: laws: that hold of its router."""
+
+    def __init__(self, clients: Clients, http: SimHttp, laws: RouterLaws) -> None:
+        self._clients, self.http, self.laws = clients, http, laws
+
+    @property
+    def patient(self) -> bool:
+        """See `Network`."""
+        return not self._clients.asks_on
+
+    def post(self, journey: Journey, role: str, host: str, body: bytes, hear: Hear, *, stream: bool) -> Line:
+        """See `Network`."""
+        return self.http.post(journey.number, role, host, body, hear, stream=stream)
+
+    def close(self, line: Line) -> None:
+        """See `Network`."""
+        if isinstance(line, Exchange):
+            self.http.close(line)
+
+    def check(self, role: str, host: str, within_s: float, told: Callable[[int | Unwell], None]) -> None:
+        """See `Network`."""
+        self.http.check(role, host, within_s, told)
+
+
+@dataclass(slots=True, eq=False)
+class _DirectLine:
+    """`jaxserve.sim.router.Line`."""
+
+    ask: Ask | None = None
+    alive_at: float | None = None
+
+    @property
+    def forsaken(self) -> bool:
+        """See `Line`."""
+        return self.ask is not None and self.ask.aborted
+
+
+class _Direct:
+    """`jaxserve.sim.router.Network` of two lives, whatever comes after them: requests are there at once."""
 
     patient = True
 
     def __init__(self, clients: Clients, lives: dict[str, SimEngine]) -> None:
         self._clients, self._lives = clients, lives
 
-    def post(self, host: str, body: bytes, hear: Hear, *, stream: bool, request_id: str | None) -> Ask | None:
+    def post(self, journey: Journey, role: str, host: str, body: bytes, hear: Hear, *, stream: bool) -> Line:
         """See `Network`."""
-        return self._clients.post_to(self._lives[host], body, hear, stream=stream, request_id=request_id)
+        engine, name = self._lives[host], journey.request_id
+        return _DirectLine(
+            self._clients.serve(engine, body, hear, stream=stream, request_id=name, read=False)
+        )
 
-    def leave(self, ask: Ask) -> None:
-        """See `Network`."""
-        self._clients.leave(ask)
+    def close(self, line: Line) -> None:
+        """See `Network`: nobody gives up here."""
 
-    def health(self, host: str) -> str:
+    def check(self, role: str, host: str, within_s: float, told: Callable[[int | Unwell], None]) -> None:
         """See `Network`."""
-        return "gone"
+        told(Unwell.REFUSED)

@@ -1,8 +1,13 @@
-"""I13: what an engine logs as an error is an exception that somebody swallowed."""
+"""I13: what an engine logs as an error is an exception that somebody swallowed.
+
+Whatever catches more than it names logs what it has caught with its traceback, unless it is what a device or
+a library says (`kv.unexpected`): so a mistake that only ends one move is heard of here.
+"""
 
 import logging
 
-from jaxserve.sim.laws import Broken
+from jaxserve.sim.broken import Broken
+from jaxserve.sim.expect import TokenizerFailed
 
 
 class Complaints(logging.Handler):
@@ -30,11 +35,18 @@ class Complaints(logging.Handler):
         """Keeps a record."""
         self._said.append(record)
 
-    def check(self, excuses: set[tuple[str, str]]) -> None:
-        """Raises: Broken: something was logged that no fault explains."""
+    def check(self, excuses: set[tuple[str, str]]) -> list[str]:
+        """Returns ids of the requests whose text a failing tokenizer could not make.
+
+        Raises:
+            Broken: something was logged that no fault explains.
+        """
         said, self._said = self._said, []
+        struck = []
         for record in said:
             error = record.exc_info[1] if record.exc_info else None
-            if "the tokenizer has failed" in str(error) and any(why == "tokenizer" for _, why in excuses):
+            if isinstance(error, TokenizerFailed) and any(why == "tokenizer" for _, why in excuses):
+                struck += [name for name in (record.args or ()) if isinstance(name, str)]
                 continue
             raise Broken("I13", f"{record.getMessage()}: {error!r}")
+        return struck

@@ -1,14 +1,16 @@
 """Which faults met which requests: "sometimes" counters, added up over many worlds.
 
-A fault meets a request in the state in which it is when the fault strikes its host. What lasts meets it once
-more in every state that it comes to before the fault is over: once per fault, request and state, however
-long all three stay together.
+A fault that strikes a request (a client that goes away, an id that is used twice, a text that cannot be made)
+meets that one, in the state in which it is then, and what is leased for it at a peer. One that strikes a host
+or a link meets every request there. What lasts meets it once more in every state that it comes to before the
+fault is over: once per fault, request and state, however long all three stay together.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from jaxserve.sim.engine import SimEngine
+from jaxserve.sim.history import History, Struck
 from kv.moves import Lease
 from scheduler.state import Sequence, Status
 
@@ -19,8 +21,12 @@ its prompt; generating; preempted and waiting; over, its pages leased to a peer.
 RARE = ("fetched", "preempted")
 """States that are seldom reached: faults look for them."""
 
-HARMLESS = frozenset(("X6", "X23", "X24", "X33", "X35", "X36", "X37", "X39", "X42", "X46"))
-"""Faults after which no load may fail."""
+IMPOSSIBLE = {
+    ("X42", "loading"): "no text of it is made before it gets a slot",
+    ("X42", "preempted"): "its text goes on where it was",
+    ("X42", "leased"): "its text is complete",
+}
+"""Pairs of a fault and a state that cannot meet, and why."""
 
 Met = Counter[tuple[str, str]]
 """(fault, state) -> how often."""
@@ -32,13 +38,13 @@ Found = tuple[str, str, int, str]
 class Spell:
     """A fault that lasts. Attributes: hosts: whose requests it concerns; seen: those that it has met."""
 
-    def __init__(self, fault: str, hosts: Iterable[str]) -> None:
-        self.fault, self.hosts = fault, tuple(dict.fromkeys(hosts))
+    def __init__(self, fault: str, hosts: Iterable[str], struck: Struck | None = None) -> None:
+        self.fault, self.hosts, self.struck = fault, tuple(dict.fromkeys(hosts)), struck
         self.seen: set[Found] = set()
 
 
 class Cover:
-    """Attributes: met: what has been counted.
+    """Attributes: met: what has been counted; history: of the faults that have struck.
 
     It looks at an engine's requests when a step has been decided: they change their states at no other time.
     """
@@ -46,20 +52,42 @@ class Cover:
     def __init__(self, engines: Mapping[str, SimEngine], clock: Callable[[], float]) -> None:
         """Args: engines: the current lives by host; looked at, never changed."""
         self.met: Met = Counter()
+        self.history = History()
         self._engines, self._clock = engines, clock
-        self._last: dict[str, dict[str, float]] = {}
         self._present: dict[str, frozenset[Found]] = {}
+        self._before: dict[str, frozenset[Found]] = {}
+        """The same a step earlier."""
         self._lasting: dict[str, list[Spell]] = {}
 
     def strike(self, fault: str, hosts: Iterable[str]) -> None:
         """A fault strikes these hosts, now and no longer."""
-        for host in dict.fromkeys(hosts):
-            self._note(fault, host)
+        hosts = tuple(dict.fromkeys(hosts))
+        if hosts:
+            self.history.strike(fault, hosts, self._clock())
+        for host in hosts:
             self.met.update((fault, found[-1]) for found in self._here(host))
+
+    def strike_request(self, fault: str, places: Iterable[tuple[str, str]]) -> None:
+        """A fault strikes a request, now and no longer. Args: places: (host, id) of it, and of its leases."""
+        for host, request_id in dict.fromkeys(places):
+            self.history.strike(fault, (host,), self._clock())
+            self.met.update((fault, found[-1]) for found in self._here(host) if found[1] == request_id)
+
+    def strike_text(self, fault: str, request_id: str) -> None:
+        """A fault strikes a request while a step is decided or told of, in the state that it had before."""
+        for host, found in self._before.items():
+            if any(each[1] == request_id for each in self._here(host)):
+                states = {each[-1] for each in found if each[1] == request_id} or {"waiting"}
+                self.met.update((fault, state) for state in sorted(states))
+
+    def states(self, host: str, request_id: str) -> set[str]:
+        """Of a request's sequences, since the last step."""
+        return {found[-1] for found in self._here(host) if found[1] == request_id}
 
     def begin(self, fault: str, hosts: Iterable[str]) -> Spell:
         """A fault strikes these hosts, and stays."""
-        spell = Spell(fault, hosts)
+        hosts = tuple(dict.fromkeys(hosts))
+        spell = Spell(fault, hosts, self.history.begin(fault, hosts))
         for host in spell.hosts:
             self._lasting.setdefault(host, []).append(spell)
             self.meet(spell, host)
@@ -70,7 +98,8 @@ class Cover:
         for host in spell.hosts:
             if spell in self._lasting[host]:
                 self._lasting[host].remove(spell)
-                self._note(spell.fault, host)
+        if spell.struck is not None:
+            self.history.end(spell.struck, self._clock())
 
     def meet(self, spell: Spell, host: str) -> None:
         """Counts whom a lasting fault meets on a host and has not met before."""
@@ -82,6 +111,7 @@ class Cover:
     def turned(self, engine: SimEngine) -> bool:
         """A step of an engine has been decided. Returns whether one of its requests is in a rare state."""
         found = frozenset(requests(engine))
+        self._before[engine.host] = self._present.get(engine.host, frozenset())
         self._present[engine.host] = found
         for spell in self._lasting.get(engine.host, ()):
             self.meet(spell, engine.host)
@@ -90,18 +120,7 @@ class Cover:
     def forget(self, host: str) -> None:
         """A life of a host has begun: it has no requests."""
         self._present.pop(host, None)
-
-    def touched(self, hosts: Iterable[str], since: float) -> bool:
-        """Whether a fault that can make a load fail has struck one of these hosts since then, or lasts."""
-        return any(fault not in HARMLESS for host in hosts for fault in self.struck(host, since))
-
-    def struck(self, host: str, since: float) -> set[str]:
-        """Faults that have struck a host since then, or have lasted there."""
-        lasting = {spell.fault for spell in self._lasting.get(host, ())}
-        return lasting | {fault for fault, at in self._last.get(host, {}).items() if at >= since}
-
-    def _note(self, fault: str, host: str) -> None:
-        self._last.setdefault(host, {})[fault] = self._clock()
+        self._before.pop(host, None)
 
     def _here(self, host: str) -> frozenset[Found]:
         engine = self._engines.get(host)
@@ -132,13 +151,18 @@ def table(met: Met, names: dict[str, str]) -> list[str]:
     """Lines of a table: a row per fault, a column per state."""
     lines = [" ".join((f"{'fault':8}", *(f"{state:>10}" for state in STATES), "  what happens"))]
     for fault in sorted(names, key=lambda fault: int(fault[1:])):
-        counts = (f"{met[fault, state]:10,}" for state in STATES)
+        counts = (
+            f"{'-':>10}" if (fault, state) in IMPOSSIBLE else f"{met[fault, state]:10,}" for state in STATES
+        )
         lines.append(" ".join((f"{fault:8}", *counts, f"  {names[fault]}")))
     return lines
 
 
 def thin(met: Met, names: dict[str, str], least: int) -> list[tuple[str, str, int]]:
-    """Pairs of fault and state that met less than `least` times."""
+    """Pairs of fault and state that can meet, and met less than `least` times."""
     return [
-        (fault, state, met[fault, state]) for fault in names for state in STATES if met[fault, state] < least
+        (fault, state, met[fault, state])
+        for fault in names
+        for state in STATES
+        if (fault, state) not in IMPOSSIBLE and met[fault, state] < least
     ]

@@ -24,6 +24,10 @@ MILD = (0.1, 0.2, 0.3)
 """Those that others have: under more, requests do not come as far as they are meant to there."""
 
 
+STRANGER = b"s" * 32
+"""The key of a decode engine that was set up with another than its peers: it refuses their parameters."""
+
+
 def draw(clockwork: Clockwork) -> Setup:
     """Draws a world."""
     chance = clockwork.chance
@@ -85,6 +89,8 @@ def draw(clockwork: Clockwork) -> Setup:
         budget = chance.choice((seqs, 8, 16, 64) if kind == "plain" else (8, 16, 64))
         limits = Limits(max_num_batched_tokens=max(budget, seqs), max_num_seqs=seqs)
         nodes[-1] = replace(nodes[-1], limits=limits)
+    if len(decode) > 1 and kind in ("plain", "crowded") and chance.random() < 0.4:
+        nodes = [replace(node, key=STRANGER) if node.name == "d1" else node for node in nodes]
     undigested = ("X17", "X18") if not timing["digest"] else ()
     drift = chance.random() < 0.3
     everywhere = tuple(node.name for node in nodes)

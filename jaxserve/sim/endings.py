@@ -30,6 +30,10 @@ class Endings:
         """It is asked to end now. `taken`: its live requests."""
         self._endings.setdefault(engine.epoch, _Ending(frozenset(taken)))
 
+    def begun(self, engine: SimEngine) -> bool:
+        """It was asked to end."""
+        return engine.epoch in self._endings
+
     def disturbed(self, engine: SimEngine) -> None:
         """Its process is stopped, or its clock jumps: it may close late."""
         if engine.epoch in self._endings:

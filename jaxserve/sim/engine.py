@@ -5,6 +5,7 @@ core's turn, each rank's round of transfers and each host tier's copying happen 
 the clockwork says.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from jaxserve.core import DeviceDriver, EngineCore
 from jaxserve.drain import AbortAll, Await, Close, Drain
 from jaxserve.movers import Movers
+from jaxserve.pulse import Pulse
 from jaxserve.sequence import Sink
 from jaxserve.sim.clockwork import Clockwork, Timer
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
@@ -33,11 +35,13 @@ from kv.transfer_desk import Desk
 from kv.transfers import Transfers
 from scheduler.types import Inputs, Limits, Plan, Request, SchedulerConfig
 
+logger = logging.getLogger("jaxserve")
+
 LOOKS_S = 0.2
 """A round that wants to come again sooner only looks whether something has moved."""
 
 KEY = b"k" * 32
-"""That all simulated engines share."""
+"""That simulated engines share."""
 
 
 class Weather:
@@ -75,6 +79,7 @@ class Node:
     Attributes:
         name: of its host, as others reach it; with `engine_id` its identity.
         port: of its first rank's side channel.
+        key: that what peers are promised is sealed with.
     """
 
     name: str
@@ -84,6 +89,7 @@ class Node:
     ranks: int = 1
     port: int = 5600
     max_num_queued_reqs: int = 64
+    key: bytes = KEY
     page_shape: tuple[int, int, int, int, int]
     item_bytes: int
 
@@ -138,6 +144,7 @@ class SimEngine:
         self.hosts: dict[int, list[HostDriver]] = {}
         self.rounds: list[RoundDriver] = []
         self.plan: Plan | None = None
+        self._pulse = Pulse()
         self._around = surroundings
         self._recorder = recorder
         self._timer: Timer | None = None
@@ -165,7 +172,7 @@ class SimEngine:
                     tp_size=node.ranks,
                     page_size=node.scheduler.page_size,
                 )
-        self.door = Door(config=transfer, key=KEY, identity=identity)
+        self.door = Door(config=transfer, key=node.key, identity=identity)
         self._movers.sealed_by(self.door.seal)
         self.core = EngineCore(
             node.scheduler,
@@ -191,6 +198,10 @@ class SimEngine:
     def clock(self) -> float:
         """Seconds, as this engine sees them."""
         return self.offset + self.rate * self._around.clockwork.now
+
+    def stalled(self, seconds: float) -> bool:
+        """See `jaxserve.loop.EngineLoop`."""
+        return self._pulse.stalled(self.clock(), seconds)
 
     # What clients do.
 
@@ -274,7 +285,9 @@ class SimEngine:
         core, weather = self.core, self._around.weather
         self.turned = True
         self._timer, self._computing = None, False
+        self._pulse.woken(self.clock())
         core.turn(core.inbox.collect(block=False))
+        self._pulse.turned(self.clock(), idle=core.idle)
         self._look_whether_drained()
         if core.working and self.plan is not None:
             self._computing = True
@@ -357,6 +370,7 @@ class SimEngine:
             regions=[region],
             facts=facts,
             config=leaf,
+            unexpected=_told,
         )
         rounds.begin(transfers, channel)
         self.rounds.append(rounds)
@@ -433,6 +447,11 @@ class RoundDriver:
             if wait < LOOKS_S:
                 wait = weather.poll_seconds(engine, self._idle)
             self._round_in(wait + weather.lateness(engine))
+
+
+def _told(error: Exception) -> None:
+    """As a server's driver does: see `sim.complaints`."""
+    logger.error("a transfer failed on a mistake of ours", exc_info=error)
 
 
 class _Copies:

@@ -38,6 +38,10 @@ def text_of(tokens: Sequence[int]) -> str:
     return Tokenizer(vocabulary()).decode(tokens)
 
 
+class TokenizerFailed(Exception):
+    """A fault, not a mistake."""
+
+
 class SimTokenizer(Tokenizer):
     """A tokenizer that can be made to fail. Attributes: failing: so many of the next calls raise."""
 
@@ -52,7 +56,7 @@ class SimTokenizer(Tokenizer):
         if self.failing:
             self.failing -= 1
             self._failed()
-            raise RuntimeError("the tokenizer has failed")
+            raise TokenizerFailed
         return super().token_bytes(token_id)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxserve.router.calls import Call, decode_body, prefill_body, refuses_params, transfer_params
+from jaxserve.router.calls import Call, decode_body, prefill_body
 from jaxserve.router.counts import Tally
+from jaxserve.router.exchange import Trouble, failed, outcome, patience, verdict
 from jaxserve.router.fleet import Backend, Fleet
 from jaxserve.router.options import RouterOptions
 from jaxserve.router.route import (
@@ -17,52 +18,84 @@ from jaxserve.router.route import (
     AskDecode,
     AskPrefill,
     BreakOff,
-    Failed,
-    Failure,
+    End,
     Finish,
     GiveUp,
-    LeftUnread,
     Outcome,
-    ParamsRefused,
-    Passed,
     PassRefusal,
     Probe,
     Probed,
     Route,
-    Verdict,
-    judge,
 )
 from jaxserve.sim.asks import Ask, Hear
+from jaxserve.sim.broken import Broken
 from jaxserve.sim.clockwork import Clockwork, Timer
-from jaxserve.sim.laws import Broken
-from jaxserve.sim.server import Reply
+from jaxserve.sim.http import Unwell
+from jaxserve.sim.server import Reply, error_reply
 
 SCHEME = "http://"
-TRAVEL_S = 0.001
-"""Of a health check and its answer."""
-CALMEST = 6
-"""After so many good checks in a row the next one is 64 intervals later: events are dearer here than time."""
+SELDOM = 3
+"""After so many good checks in a row the next one is 8 intervals later: events are dearer here than time."""
+
+
+class Line(Protocol):
+    """A call under way.
+
+    Attributes:
+        ask: what an engine was asked; None: none has taken it.
+        alive_at: when there was a connection or, if later, the last byte came; None: there is none yet.
+        forsaken: the client has gone, and its engine will say so.
+    """
+
+    @property
+    def ask(self) -> Ask | None: ...
+
+    @property
+    def alive_at(self) -> float | None: ...
+
+    @property
+    def forsaken(self) -> bool: ...
 
 
 class Network(Protocol):
-    """How a router reaches servers; in a simulation, `jaxserve.sim.clients.Clients`."""
+    """How a router reaches servers."""
 
     @property
     def patient(self) -> bool:
         """No time is too long: what was begun must come to its end by itself."""
         ...
 
-    def post(self, host: str, body: bytes, hear: Hear, *, stream: bool, request_id: str | None) -> Ask | None:
-        """A request to a server; None: it was not taken, and `hear` is told so."""
+    def post(
+        self, journey: "Journey", role: str, host: str, body: bytes, hear: Hear, *, stream: bool
+    ) -> Line:
+        """A request to a server. `hear` is told what comes of it, never before this returns."""
         ...
 
-    def leave(self, ask: Ask) -> None:
+    def close(self, line: Line) -> None:
         """Closes a connection without waiting for the answer."""
         ...
 
-    def health(self, host: str) -> str:
-        """What a health check meets: "well", "stopped" or "gone"."""
+    def check(self, role: str, host: str, within_s: float, told: Callable[[int | Unwell], None]) -> None:
+        """A health check, which takes at most so long. `told` gets the status, or why there is none."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a client gets.
+
+    Attributes:
+        end: how its request has ended; None: the client has gone.
+        reply: whole, where there is one.
+    """
+
+    end: End | None
+    reply: Reply | None = None
+
+    @property
+    def right(self) -> bool:
+        """It is an answer, and no error."""
+        return isinstance(self.end, Finish) and self.reply is not None and self.reply.right
 
 
 @dataclass(slots=True, eq=False)
@@ -70,25 +103,28 @@ class Journey:
     """One request of a client on its way.
 
     Attributes:
-        then: told once whether the client has its answer.
+        number: its own.
+        then: told once what the client gets.
         calls: to backends so far.
         backend: that is being asked; None: nobody is.
-        ask: what it was asked, if it took it.
-        begun, right: of the client's answer.
+        line: of the call under way.
+        begun: the client has a part of its answer.
+        reply: the last answer that was read or passed on.
         timer: after which it is too late.
     """
 
+    number: int
     route: Route
     call: Call
     stream: bool
     request_id: str | None
-    then: Callable[[bool], None]
+    then: Callable[[Told], None]
     calls: int = 0
     backend: Backend | None = None
-    ask: Ask | None = None
+    line: Line | None = None
     asked_at: float = 0.0
     begun: bool = False
-    right: bool = False
+    reply: Reply | None = None
     timer: Timer | None = None
 
 
@@ -115,18 +151,35 @@ class SimRouter:
         )
         for backend in self._fleet.backends:
             self._fleet.probe_answered(backend, 200)
-        self._watched: list[Backend] = []
+        self._looks: dict[Backend, Timer | None] = {}
+        """Backends that are watched, and when the next check is; None: it is being made."""
         self.tally = Tally()
         self.journeys: list[Journey] = []
 
     def send(
-        self, call: Call, then: Callable[[bool], None], *, stream: bool = False, request_id: str | None = None
+        self,
+        call: Call,
+        then: Callable[[Told], None],
+        *,
+        number: int = 0,
+        stream: bool = False,
+        request_id: str | None = None,
     ) -> None:
-        """A client's request. Args: request_id: at the engines; None: theirs."""
+        """A client's request. Args: number: of its own; request_id: at the engines; None: theirs."""
         route = Route(self._fleet, self.tally, direct=call.direct)
-        journey = Journey(route, call, stream, request_id, then)
+        journey = Journey(number, route, call, stream, request_id, then)
         self.journeys.append(journey)
         self._go_on(journey)
+
+    def forsake(self, ask: Ask) -> bool:
+        """The client that this ask is for closes its connection. False: it is of none of them."""
+        for journey in self.journeys:
+            line = journey.line
+            if line is not None and line.ask is ask:
+                self._network.close(line)
+                self._end(journey, Told(end=None))
+                return True
+        return False
 
     # A journey.
 
@@ -139,9 +192,10 @@ class SimRouter:
                 self._ask(journey, backend, decode_body(journey.call, params), stream=journey.stream)
             case Probe(backend=backend):
                 self._probe(backend, lambda well: self._take(journey, Probed(well=well)))
-            case PassRefusal() | Finish() | GiveUp() | BreakOff():
-                self.journeys.remove(journey)
-                journey.then(journey.right)
+            case Finish() | PassRefusal() as end:
+                self._end(journey, Told(end=end, reply=journey.reply))
+            case GiveUp() | BreakOff() as end:
+                self._end(journey, Told(end=end, reply=error_reply(end.error)))
         self._watch()
 
     def _ask(self, journey: Journey, backend: Backend, body: bytes, *, stream: bool) -> None:
@@ -152,130 +206,130 @@ class SimRouter:
             if journey.calls == number and journey.backend is backend:
                 self._heard(journey, reply)
 
-        host, name = backend.url.removeprefix(SCHEME), journey.request_id
-        journey.ask = self._network.post(host, body, hear, stream=stream, request_id=name)
-        if self._options is not None:
-            decodes = backend.role == "decode"
-            patience = self._options.silence_timeout_s if decodes else self._options.prefill_timeout_s
-            self._arm(journey, patience, patience)
+        host = backend.url.removeprefix(SCHEME)
+        journey.line = self._network.post(journey, backend.role, host, body, hear, stream=stream)
+        self._arm(journey, backend)
 
     def _heard(self, journey: Journey, reply: Reply | None) -> None:
         """Something has come over the connection."""
-        if journey.ask is not None and journey.ask.aborted:  # by the client, who has gone
-            self._end_call(journey)
-            self.journeys.remove(journey)
-            journey.then(False)
+        if journey.line is not None and journey.line.forsaken:
+            self._end(journey, Told(end=None))
             return
-        outcome = self._outcome(journey, reply)
-        if outcome is not None:
-            self._take(journey, outcome)
+        came = self._outcome(journey, reply)
+        if came is not None:
+            self._take(journey, came)
 
     def _outcome(self, journey: Journey, reply: Reply | None) -> Outcome | None:
         """What a reply comes to; None: more will come."""
+        order = journey.route.order
+        if not isinstance(order, AskPrefill | AskDecode):
+            raise Broken("I12", f"nobody was asked, and {reply} has come of {order}")
         if reply is None:
-            return Failed(failure=Failure.BROKEN, why="ReadError", begun=journey.begun)
-        match journey.route.order:
-            case AskPrefill(backend=backend):
-                if reply.status != 200:
-                    return Answered(status=reply.status)
-                params = transfer_params(reply.body)
-                if params is None:
-                    raise Broken("I13", f"{backend.url}: a prompt was computed for a peer, nothing is leased")
-                return Answered(status=200, params=params)
-            case AskDecode() as order:
-                if not reply.over:
-                    journey.begun = True
-                    return None
-                verdict = judge(self._fleet, order, reply.status)
-                if verdict is Verdict.LEAVE and not journey.begun:
-                    return LeftUnread(status=reply.status)
-                if verdict is Verdict.READ and refuses_params(reply.body):
-                    return ParamsRefused()
-                journey.right = reply.right
-                return Passed()
-            case order:
-                raise Broken("I12", f"nobody was asked, and {reply} has come of {order}")
+            return failed(order, Trouble.BROKEN, why="ReadError", begun=journey.begun)
+        if not reply.over:
+            journey.begun = True
+            return None
+        journey.reply = reply
+        came = outcome(order, verdict(self._fleet, order, reply.status), reply.status, reply.body)
+        if isinstance(came, Answered) and came.status == 200 and came.params is None:
+            raise Broken("I13", f"{order.backend.url}: a prompt was computed for a peer, nothing is leased")
+        return came
 
-    def _take(self, journey: Journey, outcome: Outcome) -> None:
-        self._end_call(journey)
-        journey.route.take(outcome)
-        self._go_on(journey)
+    def _take(self, journey: Journey, came: Outcome) -> None:
+        if journey in self.journeys:  # else its client has gone
+            self._end_call(journey)
+            journey.route.take(came)
+            self._go_on(journey)
 
     def _end_call(self, journey: Journey) -> None:
         if journey.timer is not None:
             journey.timer.cancelled = True
-        journey.timer = journey.ask = journey.backend = None
+        journey.timer = journey.line = journey.backend = None
 
-    def _give_up(self, journey: Journey, failure: Failure) -> None:
+    def _end(self, journey: Journey, told: Told) -> None:
+        self._end_call(journey)
+        self.journeys.remove(journey)
+        journey.then(told)
+
+    def _give_up(self, journey: Journey, trouble: Trouble) -> None:
         """The router closes the connection."""
-        ask = journey.ask
-        if ask is not None:
-            gone = ask.aborted
-            self._network.leave(ask)
-            if gone:
-                return self._heard(journey, None)
-        self._take(journey, Failed(failure=failure, begun=journey.begun))
+        order, line = journey.route.order, journey.line
+        if line is not None and isinstance(order, AskPrefill | AskDecode):
+            self._network.close(line)
+            self._take(journey, failed(order, trouble, why="ConnectTimeout", begun=journey.begun))
 
-    def _arm(self, journey: Journey, patience: float, wait: float) -> None:
-        """Time runs from the last byte where there was one."""
+    def _arm(self, journey: Journey, backend: Backend) -> None:
+        """It is looked whether it is too late when it can be at the earliest."""
+        if self._options is None or journey.line is None:
+            return
+        now, asked, alive = self._clockwork.now, journey.asked_at, journey.line.alive_at
+        limits = patience(backend.role, self._options)
+        until, trouble = limits.ends(asked_at=asked, alive_at=alive)
+        soonest, _ = limits.ends(asked_at=asked, alive_at=asked)
+        if alive is None and now < soonest < until:
+            until = soonest  # by then there may be a connection
 
         def look() -> None:
-            heard = journey.asked_at if journey.ask is None else max(journey.asked_at, journey.ask.heard_at)
-            left = heard + patience - self._clockwork.now
-            if left > 1e-6:
-                self._arm(journey, patience, left)
-            elif not self._network.patient:
-                self._give_up(journey, Failure.LATE)
+            if not self._network.patient:
+                self._arm(journey, backend)
 
-        journey.timer = self._clockwork.after(wait, "a router waits", look)
+        if until - now > 1e-6:
+            journey.timer = self._clockwork.after(until - now, "a router waits", look)
+        else:
+            self._give_up(journey, trouble)
 
     # Health.
 
     def _watch(self) -> None:
-        if self._options is None:
+        options = self._options
+        if options is None:
             return
         for backend in self._fleet.backends:
-            if backend not in self._watched and self._matters(backend):
-                self._watched.append(backend)
-                self._probe_later(backend)
+            timer = self._looks.get(backend)
+            soon = self._clockwork.now + options.probe_interval_s
+            if timer is not None and not backend.healthy and timer.at > soon:
+                timer.cancelled = True
+                self._look_later(backend, options)
+            elif backend not in self._looks and self._matters(backend):
+                self._look_later(backend, options)
 
     def _matters(self, backend: Backend) -> bool:
         return not backend.healthy or any(journey.backend is backend for journey in self.journeys)
 
-    def _probe_later(self, backend: Backend, well_so_far: int = 0) -> None:
-        def probe() -> None:
-            self._probe(backend, probed)
+    def _look_later(self, backend: Backend, options: RouterOptions, well_so_far: int = 0) -> None:
+        def look() -> None:
+            self._looks[backend] = None
+            self._probe(backend, looked)
 
-        def probed(well: bool) -> None:
+        def looked(well: bool) -> None:
             if self._matters(backend):
-                self._probe_later(backend, well_so_far + 1 if well else 0)
+                self._look_later(backend, options, well_so_far + 1 if well else 0)
             else:
-                self._watched.remove(backend)
+                del self._looks[backend]
 
-        if self._options is not None:
-            wait = self._options.probe_interval_s * 2 ** min(well_so_far, CALMEST)
-            self._clockwork.after(wait, f"router looks at {backend.url}", probe)
+        wait = options.probe_interval_s * 2 ** min(well_so_far, SELDOM)
+        self._looks[backend] = self._clockwork.after(wait, f"router looks at {backend.url}", look)
 
     def _probe(self, backend: Backend, told: Callable[[bool], None]) -> None:
         """One health check."""
         if self._options is None:
             told(False)
             return
-        host, fleet, patience = backend.url.removeprefix(SCHEME), self._fleet, self._options.probe_timeout_s
-        stopped = self._network.health(host) == "stopped"
+        fleet = self._fleet
 
-        def end() -> None:
+        def end(found: int | Unwell) -> None:
             well = False
-            match self._network.health(host):
-                case "well":
-                    well = fleet.probe_answered(backend, 200)
-                case "stopped":
-                    fleet.probe_missed(backend)
-                case _:
-                    fleet.probe_refused(backend, "ConnectError")
+            if found is Unwell.UNANSWERED:
+                fleet.probe_missed(backend)
+            elif found is Unwell.REFUSED:
+                fleet.probe_refused(backend, "ConnectError")
+            else:
+                well = fleet.probe_answered(backend, found)
             if backend.silent:
                 for journey in [one for one in self.journeys if one.backend is backend]:
-                    self._give_up(journey, Failure.SILENT)
+                    self._give_up(journey, Trouble.SILENT)
             told(well)
+            self._watch()
 
-        self._clockwork.after(patience if stopped else TRAVEL_S, f"router probes {backend.url}", end)
+        host = backend.url.removeprefix(SCHEME)
+        self._network.check(backend.role, host, self._options.probe_timeout_s, end)

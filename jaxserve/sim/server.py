@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from jaxserve.api.errors import ApiError, internal_error
 from jaxserve.api.generation import ModelFacts
 from jaxserve.api.refusals import told
 from jaxserve.outputs import Transfer
+from jaxserve.server.options import ServerOptions
 from jaxserve.server.prepare import Prepared, Preparer
+from jaxserve.server.status import Status
 from jaxserve.sim.engine import SimEngine
 from jaxserve.sim.hash_model import END, VOCAB
 from jaxserve.text import Tokenizer
@@ -28,23 +32,27 @@ class Reply:
 
     Attributes:
         status: HTTP's.
-        body: of an answer that is read; of one that is passed on, nothing.
-        over: it is whole; false: a stream has begun.
+        body: where somebody reads it.
+        over: it is whole; false: a part of a stream has come.
         right: it holds an answer, and no error.
+        retry_after_s: as the header of this name says; None: it is not there.
     """
 
     status: int
     body: bytes = b""
     over: bool = True
     right: bool = False
+    retry_after_s: int | None = None
 
 
 class SimServer:
-    """`jaxserve.server.surface.PrepareSurface` of one life of an engine."""
+    """`jaxserve.server.surface.PrepareSurface` and `jaxserve.server.status.Liveness` of one life of an
+    engine."""
 
     def __init__(self, engine: SimEngine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self._tokenizer = tokenizer
+        self._status = Status(self, ServerOptions().stall_s)
         self._count = 0
         facts = ModelFacts(
             names=(MODEL,),
@@ -53,7 +61,16 @@ class SimServer:
             eos_token_ids=(END,),
             defaults={},
         )
-        self._preparer = Preparer(self, facts)
+        self._preparer = Preparer(self, facts, clock=engine.clock, wall_clock=engine.clock)
+
+    @property
+    def alive(self) -> bool:
+        """See `Liveness`."""
+        return self.engine.alive
+
+    def stalled(self, seconds: float) -> bool:
+        """See `Liveness`."""
+        return self.engine.stalled(seconds)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -77,13 +94,31 @@ class SimServer:
         return self.engine.door.open(params, prompt_token_ids, cache_salt)
 
     def read(self, body: bytes) -> Prepared:
-        """A request to /v1/completions.
+        """A request to /v1/completions, in the order of `jaxserve.server.generate`.
 
         Raises:
             QueueFull, ApiError: it is refused.
         """
+        self._status.draining = self.engine.draining is not None
+        self._status.check_accepting()
         self.engine.core.inbox.check_room()
         return self._preparer.completion(body)
+
+    def read_only(self, body: bytes) -> Prepared:
+        """What a body asks for, whether or not there is room for it.
+
+        Raises:
+            ApiError: it is none.
+        """
+        return self._preparer.completion(body)
+
+    def health(self) -> int:
+        """The status of an answer to /health."""
+        try:
+            self._status.check_alive()
+        except ApiError as error:
+            return error.status
+        return 200
 
 
 def refusal(failure: Exception) -> Reply:
@@ -93,7 +128,8 @@ def refusal(failure: Exception) -> Reply:
 
 def error_reply(error: ApiError) -> Reply:
     """The answer that says this."""
-    return Reply(status=error.status, body=json.dumps(error.body()).encode())
+    body = msgspec.json.encode(error.body())
+    return Reply(status=error.status, body=body, retry_after_s=error.retry_after_s)
 
 
 def body_of(

@@ -9,6 +9,8 @@ from jaxserve.sim.device import StepFate
 from jaxserve.sim.engine import SimEngine, Weather
 from jaxserve.sim.fake_nixl import Fault, Posted
 from jaxserve.sim.faults import CHANCES
+from jaxserve.sim.http import Break, Links
+from jaxserve.sim.http import Fate as HttpFate
 from jaxserve.sim.wire import Fate
 from kv.wire import Confirm, Confirmed, Done, DoneAnswer, Hello, Message, Welcome
 from scheduler.types import Plan
@@ -25,8 +27,8 @@ class _Hit:
     spells: dict[str, Spell] = field(default_factory=dict)
 
 
-class Storm(Weather):
-    """Weather with faults.
+class Storm(Weather, Links):
+    """Weather and links with faults.
 
     Attributes:
         rates: of each fault that this world has; emptied when it is calm.
@@ -138,8 +140,11 @@ class Storm(Weather):
         return late * (100 if engine.host in self.slow else 1)
 
     def poll_seconds(self, engine: SimEngine, idle: int) -> float:
-        """Long, so that few events are spent on looking: the protocol must not depend on it."""
-        return min(0.005 * 1.5**idle, 2.0) * (0.5 + self._clockwork.chance.random())
+        """Long, so that few events are spent on looking: the protocol must not depend on it. But a thread of
+        a server is never so late that the heartbeats which it sends come too late for a lease."""
+        leaf = engine.node.nixl
+        most = 2.0 if leaf is None else min(2.0, leaf.lease_s / 6)
+        return min(0.005 * 1.5**idle, most) * (0.5 + self._clockwork.chance.random())
 
     def copy_seconds(self, engine: SimEngine) -> float:
         """See `Weather`."""
@@ -156,6 +161,23 @@ class Storm(Weather):
     def refuses(self, host: str) -> bool:
         """Whether a host can open no connection."""
         return host in self.no_files
+
+    def blocked(self, here: str, there: str) -> bool:
+        """See `Links`."""
+        return (here, there) in self.cut or here in self.mute
+
+    def exchange(self, host: str) -> HttpFate:
+        """See `Links`. What is lost comes a little later; nothing overtakes or comes twice: it is TCP's."""
+        chance, late = self._clockwork.chance, 0.0
+        if self.hits("X8", host):
+            late += 0.1
+        if self.hits("X7", host):
+            late += 0.2 * 2 ** chance.randrange(4)
+        if chance.random() < 0.2 and self.hits("X13", host):
+            return HttpFate(
+                late_s=late, breaks=chance.choice(tuple(Break)), after_s=chance.expovariate(10.0 / self._pace)
+            )
+        return HttpFate(late_s=late)
 
     def step_fate(self, host: str) -> StepFate:
         """What becomes of a host's next step."""
@@ -179,7 +201,7 @@ class Storm(Weather):
         """What becomes of a message; see `SimWire`."""
         chance = self._clockwork.chance
         delay = 0.0002 + chance.expovariate(2000.0)
-        if (here, there) in self.cut or here in self.mute:
+        if self.blocked(here, there):
             return Fate(delays=())
         if self.hits("X8", here, there):
             delay *= 100

@@ -4,14 +4,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
+from jaxserve.sim.asks import Ask
 from jaxserve.sim.broken import Broken
 from jaxserve.sim.clients import Clients
 from jaxserve.sim.clockwork import Clockwork
-from jaxserve.sim.cover import Cover, Spell
+from jaxserve.sim.cover import RARE, Cover, Spell
 from jaxserve.sim.engine import Node, SimEngine
 from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
 from jaxserve.sim.faults import STRIKES
+from jaxserve.sim.holders import rows_held
+from jaxserve.sim.http import ROUTER
 from jaxserve.sim.laws import Laws
 from jaxserve.sim.storm import Storm
 
@@ -19,6 +22,8 @@ Key = TypeVar("Key")
 
 LATE = frozenset(("X4", "X40", "X43"))
 """Faults after which what an engine does comes late."""
+STORM = 8
+"""Times that a client repeats its request at once."""
 RESTART_S = 20.0
 """An engine that has ended begins its next life within so long."""
 
@@ -81,8 +86,9 @@ class Strikes:
 
     # Engines and their hosts.
 
-    def _some_engine(self) -> SimEngine | None:
-        running = [each for each in self._cluster.engines.values() if each.alive and not each.paused]
+    def _some_engine(self, fits: Callable[[SimEngine], object] = lambda engine: True) -> SimEngine | None:
+        engines = self._cluster.engines.values()
+        running = [each for each in engines if each.alive and not each.paused and fits(each)]
         rare = [engine for engine in running if engine.host in self._storm.rare]
         if rare and self._clockwork.chance.random() < 0.8:
             running = rare
@@ -128,9 +134,10 @@ class Strikes:
             self._over(engine, spell)
 
     def cut(self) -> None:
-        """X11."""
-        if len(self._cluster.nodes) > 1:
-            here, there = self._clockwork.chance.sample(sorted(self._cluster.nodes), 2)
+        """X11: between engines, or between one and the router."""
+        hosts = [*sorted(self._cluster.nodes), *self._router()]
+        if len(hosts) > 1:
+            here, there = self._clockwork.chance.sample(hosts, 2)
             seconds = self._duration(0.05, 20.0)
             self._lasts("X11", self._storm.cut, (here, there), (here, there), seconds)
 
@@ -165,8 +172,15 @@ class Strikes:
             self._storm.stalled.add(engine.host)
 
     def no_files(self) -> None:
-        """X45."""
+        """X45: of an engine, or of the router."""
+        if self._clockwork.chance.random() < 0.2:
+            for host in self._router():
+                seconds = self._duration(0.1, 10.0)
+                return self._lasts("X45", self._storm.no_files, host, (host,), seconds)
         self._for_a_while("X45", self._storm.no_files, self._duration(0.1, 10.0))
+
+    def _router(self) -> tuple[str, ...]:
+        return () if self._cluster.clients.router is None else (ROUTER,)
 
     # What an engine keeps.
 
@@ -178,26 +192,24 @@ class Strikes:
 
     def flip_bit(self) -> None:
         """X27."""
-        engine, chance = self._some_engine(), self._clockwork.chance
-        transfer = None if engine is None else engine.node.scheduler.transfer
-        if engine is None or transfer is None:
+        engine, chance = self._some_engine(_checked), self._clockwork.chance
+        if engine is None:
             return
-        checked = [index for index in sorted(engine.hosts) if transfer.leaves[index].digest]
-        if not checked:
-            return
-        index = chance.choice(checked)
+        index = chance.choice(_checked(engine))
         rank = chance.randrange(len(engine.hosts[index]))
         memory = engine.hosts[index][rank].memory
-        row = chance.randrange(len(memory))
+        row, held = chance.randrange(len(memory)), rows_held(engine, index)
+        if held and chance.random() < 0.9:
+            rare = [each for each in sorted(held) if any(map(self._rare, held[each]))]
+            row = chance.choice(rare or sorted(held))
         memory[row, chance.randrange(memory.shape[1])] ^= 1 << chance.randrange(8)
         self._cluster.laws.flipped.add((engine.epoch, index, rank, row))
-        self._cover.strike("X27", (engine.host,))
+        self._cover.strike_request("X27", held.get(row, ()))
 
     def break_tokenizer(self) -> None:
         """X42."""
         engine = self._some_engine()
         if engine is not None:
-            self._cover.strike("X42", (engine.host,))
             self._cluster.excuses.break_tokenizer(engine)
 
     def forget(self) -> None:
@@ -226,11 +238,10 @@ class Strikes:
             Broken: the engine took it.
         """
         clients = self._cluster.clients
-        asks = [ask for ask in clients.asks.values() if ask.engine.alive]
-        if asks:
-            ask = self._clockwork.chance.choice(asks)
+        ask = self._some_ask()
+        if ask is not None:
             request, refused = ask.request, clients.counts["refused"]
-            self._cover.strike("X35", (ask.engine.host,))
+            self._cover.strike_request("X35", self._places(ask))
             clients.ask(
                 ask.engine, request.prompt_token_ids[::-1], request.sampling, "", 0,
                 lambda params, ok: None, request_id=request.request_id,
@@ -240,25 +251,50 @@ class Strikes:
 
     def retry_storm(self) -> None:
         """X37."""
-        engine = self._some_engine()
-        if engine is not None:
-            self._cover.strike("X37", (engine.host,))
-            self._cluster.clients.repeat(engine, 8)
+        clients, ask = self._cluster.clients, self._some_ask()
+        if ask is not None:
+            self._cover.strike_request("X37", self._places(ask))
+            request = ask.request
+            for _ in range(STORM):
+                clients.ask(
+                    ask.engine, request.prompt_token_ids, request.sampling, request.cache_salt,
+                    request.priority, lambda params, ok: None,
+                )  # fmt: skip
 
     def _abort(self, fault: str, times: int) -> None:
-        clients = self._cluster.clients
-        asks = [ask for ask in clients.asks.values() if ask.engine.alive and not ask.aborted]
-        asks = [ask for ask in asks if ask.engine.host in self._storm.rare] or asks
-        if asks:
-            ask = self._clockwork.chance.choice(asks)
-            self._cover.strike(fault, (ask.engine.host,))
+        ask = self._some_ask(aborted=False)
+        if ask is not None:
+            self._cover.strike_request(fault, self._places(ask))
             for _ in range(times):
-                clients.abort(ask)
+                self._cluster.clients.abort(ask)
+
+    def _some_ask(self, *, aborted: bool = True) -> Ask | None:
+        """A request that has not ended; rather one that is in a rare state. `aborted`: it may be."""
+        chance = self._clockwork.chance
+        asks = [
+            ask
+            for ask in self._cluster.clients.asks.values()
+            if ask.engine.alive and (aborted or not ask.aborted)
+        ]
+        rare = [ask for ask in asks if self._rare((ask.engine.host, ask.request.request_id))]
+        if rare and chance.random() < 0.8:
+            asks = rare
+        return chance.choice(asks) if asks else None
+
+    def _rare(self, place: tuple[str, str]) -> bool:
+        return not self._cover.states(*place).isdisjoint(RARE)
+
+    def _places(self, ask: Ask) -> list[tuple[str, str]]:
+        """(host, id) of a request, and of what a peer has leased for it."""
+        places, remote = [(ask.engine.host, ask.request.request_id)], ask.request.remote
+        if remote is not None and self._cluster.engines[remote.host].epoch == remote.epoch:
+            places.append((remote.host, remote.request_id))
+        return places
 
     # How long they last.
 
     def _ended(self, engine: SimEngine, spell: Spell, asked: float) -> None:
-        if not LATE.isdisjoint(self._cover.struck(engine.host, asked)):
+        if not LATE.isdisjoint(self._cover.history.near(engine.host, asked)):
             self._cluster.laws.endings.disturbed(engine)
         self._cluster.laws.endings.ended(engine)
         self._over(engine, spell)
@@ -295,6 +331,13 @@ class Strikes:
 
     def _later(self, seconds: float, action: Callable[[], None]) -> None:
         self._clockwork.after(seconds, "a fault ends", action)
+
+
+def _checked(engine: SimEngine) -> list[int]:
+    """Its host tiers whose pages are compared with their digests."""
+    transfer = engine.node.scheduler.transfer
+    leaves = () if transfer is None else transfer.leaves
+    return [index for index in sorted(engine.hosts) if leaves[index].digest]
 
 
 _STRIKE: dict[str, Callable[[Strikes], None]] = {

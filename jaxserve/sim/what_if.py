@@ -5,32 +5,31 @@ connectors and protocol on a virtual clock, without faults. Steps, transfers, me
 measured table says. Only the model is missing (`jaxserve/sim/timed.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import msgspec
 
 from jaxserve.api.errors import ApiError, internal_error
 from jaxserve.api.refusals import told
 from jaxserve.api.replies import check_finish
 from jaxserve.bench.stats import RequestRecord, Slo
 from jaxserve.outputs import Delta, EngineError, RequestRefused
+from jaxserve.router.calls import PARAMS
 from jaxserve.router.counts import Tally
+from jaxserve.router.exchange import outcome, verdict
 from jaxserve.router.fleet import Fleet
 from jaxserve.router.route import (
-    Answered,
     AskDecode,
     AskPrefill,
     BreakOff,
     Finish,
     GiveUp,
-    LeftUnread,
     Outcome,
-    Passed,
     PassRefusal,
     Probe,
     Probed,
     Route,
-    Verdict,
-    judge,
 )
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.costs import CostError, CostTable, HttpCost, TransferCost
@@ -208,8 +207,8 @@ class _Cluster:
         client.ids = client.arrival.prompt.token_ids()
         self._go_on(client)
 
-    def _take(self, client: _Client, outcome: Outcome) -> None:
-        client.route.take(outcome)
+    def _take(self, client: _Client, came: Outcome) -> None:
+        client.route.take(came)
         self._go_on(client)
 
     def _go_on(self, client: _Client) -> None:
@@ -236,53 +235,51 @@ class _Cluster:
 
         def heard(delta: Delta) -> None:
             if delta.finish_reason is not None:
-                status = self._status(client, delta)
-                self._take(client, Answered(status=status, params=delta.kv_transfer_params))
+                body = {PARAMS: delta.kv_transfer_params}
+                self._answered(client, order, self._status(client, delta), body)
 
         request = _request(client, f"{client.number}-prefill", tokens=1, lease=True)
-        status = self._submit(client, self._engines[order.backend.url], request, heard)
-        if status is not None:
-            self._take(client, Answered(status=status))
+        self._submit(client, order, request, heard)
 
     def _ask_decode(self, client: _Client) -> None:
         order = client.route.order
         if not isinstance(order, AskDecode):
             raise TypeError(f"no decode engine is to be asked: {order}")
 
-        def judged(status: int) -> None:
-            left = judge(self._fleet, order, status) is Verdict.LEAVE
-            self._take(client, LeftUnread(status=status) if left else Passed())
-
         def heard(delta: Delta) -> None:
             client.times += [self._clockwork.now] * len(delta.token_ids)
             if delta.finish_reason is not None:
                 status = self._status(client, delta)
-                judged(200 if len(client.times) else status)
+                self._answered(client, order, 200 if len(client.times) else status, {})
 
         engine, remote = self._engines[order.backend.url], None
         if order.params is not None:
             remote = engine.door.open(order.params, client.ids, client.arrival.cache_salt).remote
         tokens = client.arrival.output_tokens
         request = _request(client, f"{client.number}-decode", tokens=tokens, remote=remote)
-        status = self._submit(client, engine, request, heard)
-        if status is not None:
-            judged(status)
+        self._submit(client, order, request, heard)
 
     def _submit(
-        self, client: _Client, engine: SimEngine, request: Request, sink: Callable[[Delta], None]
-    ) -> int | None:
-        """The HTTP status of a refusal; None: there is none."""
+        self, client: _Client, order: AskPrefill | AskDecode, request: Request, sink: Callable[[Delta], None]
+    ) -> None:
+        engine = self._engines[order.backend.url]
         config = engine.node.scheduler
         try:
             engine.submit(request, sink)
-            return None
         except (EngineError, RequestRefused) as refusal:
             client.problem = str(refusal)
             if isinstance(refusal, RequestRefused):
                 bound = f"{config.max_model_len} tokens a sequence and {config.num_pages} pages"
                 client.problem = f"too long for engines of {bound}"
             error = told(refusal) or internal_error()
-            return error.status
+            self._answered(client, order, error.status, error.body())
+
+    def _answered(
+        self, client: _Client, order: AskPrefill | AskDecode, status: int, body: Mapping[str, object]
+    ) -> None:
+        """An answer is whole; of its body there is only what the router reads."""
+        how = verdict(self._fleet, order, status)
+        self._take(client, outcome(order, how, status, msgspec.json.encode(body)))
 
     def _status(self, client: _Client, delta: Delta) -> int:
         """The HTTP status of an answer that ends so."""

@@ -20,7 +20,9 @@ from jaxserve.sim.device import SimDevice
 from jaxserve.sim.engine import SimEngine, Surroundings
 from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
+from jaxserve.sim.health import Health
 from jaxserve.sim.laws import Laws, Names, no_leak
+from jaxserve.sim.loads import Loads
 from jaxserve.sim.recount import Recount
 from jaxserve.sim.setup import Setup
 from jaxserve.sim.storm import Storm
@@ -80,8 +82,12 @@ class World:
         self.nixl = FakeNixlNetwork(clock=lambda: self.clockwork.now, draw=self.storm.transfer)
         self.wire = SimWire(self.clockwork, self.storm.judge, self.storm.refuses)
         self.laws = Laws(Names(setup.model), self.nixl)
-        self.clients = Clients(self.clockwork, setup.model, self.laws.names, setup.habits, self._engines)
-        self.excuses = Excuses(self.cover, self.engines, self.clients.excuses)
+        self._health = Health(self.laws.endings)
+        self.clients = Clients(
+            self.clockwork, setup.model, self.laws.names, setup.habits, self._engines, self.storm
+        )
+        self.excuses = Excuses(self.clients.excuses)
+        self.loads = Loads(self.cover.history, self.engines, self.laws.flipped)
         self.recounts: dict[str, Recount] = {}
         self._strikes = Strikes(self)
         self._full: dict[str, Spell] = {}
@@ -176,9 +182,10 @@ class World:
     # After each event.
 
     def _after_event(self) -> None:
-        if self.clients.broken is not None:
-            raise self.clients.broken
-        self._complaints.check(self.clients.excuses)
+        self.clients.look()
+        for request_id in self._complaints.check(self.clients.excuses):
+            self.cover.strike_text("X42", request_id)
+        self._health.look(self.engines.values())
         if self.storm.posted:
             self._follow_transfers()
         if self._small or self.clockwork.events % LARGE_EVERY == 0:
@@ -190,7 +197,9 @@ class World:
         note = (plan.step_id, len(plan.rows), plan.accepted.tokens.tolist(), len(plan.moves.commands))
         self.clockwork.note(f"{host} plan {note}")
         self.clients.strike(engine, inputs, plan, storm.failed_steps, storm.not_finite)
-        self.excuses.step(engine, inputs, plan, self.clockwork.now)
+        self.excuses.step(engine)
+        self._health.step(engine)
+        self.loads.step(engine, inputs, plan, self.clockwork.now)
         try:
             self.recounts[engine.epoch].take(inputs, plan)
         except AssertionError as error:
@@ -279,6 +288,8 @@ class World:
         for first, second in itertools.product(self.setup.prefill, self.setup.decode):
             if first == second:
                 continue  # what it has computed it finds in its own cache
+            if self.nodes[first].key != self.nodes[second].key:
+                continue  # it takes nothing from this peer
             lender, reader = self.engines[first].node.scheduler, self.engines[second].node.scheduler
             windowed = any(window is not None for window in reader.windows)
             if lender.cache_key != reader.cache_key or (windowed and lender.page_size != reader.page_size):

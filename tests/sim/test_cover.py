@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from jaxserve.sim import cover
 from jaxserve.sim.cover import Cover, Found
 
@@ -22,7 +24,7 @@ class _Cluster:
         return self.cover.turned(self.engines[host])
 
 
-def test_a_fault_that_lasts_meets_each_request_once_in_each_of_its_states(monkeypatch):
+def test_a_fault_that_lasts_meets_each_request_once_in_each_of_its_states(monkeypatch: pytest.MonkeyPatch):
     cluster = _Cluster(monkeypatch, "p", "d")
     cluster.turn("d", "waiting", "waiting")
     spell = cluster.cover.begin("X11", ("p", "d"))
@@ -38,7 +40,7 @@ def test_a_fault_that_lasts_meets_each_request_once_in_each_of_its_states(monkey
     cluster.cover.end(again)
 
 
-def test_a_fault_of_a_moment_meets_who_is_there_and_nobody_on_a_dead_engine(monkeypatch):
+def test_a_fault_of_a_moment_meets_who_is_there_and_nobody_on_a_dead_engine(monkeypatch: pytest.MonkeyPatch):
     cluster = _Cluster(monkeypatch, "p", "d")
     cluster.turn("p", "leased", "prefilling")
     cluster.turn("d", "fetched")
@@ -48,21 +50,7 @@ def test_a_fault_of_a_moment_meets_who_is_there_and_nobody_on_a_dead_engine(monk
     assert cluster.cover.met == {("X7", "leased"): 1, ("X7", "prefilling"): 1}
 
 
-def test_rare_states_are_told(monkeypatch):
+def test_rare_states_are_told(monkeypatch: pytest.MonkeyPatch):
     cluster = _Cluster(monkeypatch, "d")
     assert not cluster.turn("d", "waiting", "decoding")
     assert cluster.turn("d", "waiting", "fetched")
-
-
-def test_a_failed_load_is_excused_by_what_struck_its_hosts_lately_or_still_does(monkeypatch):
-    cluster = _Cluster(monkeypatch, "p", "d", "a")
-    cluster.now = 10.0
-    cluster.cover.strike("X7", ("p",))
-    cluster.cover.strike("X46", ("d",))
-    assert cluster.cover.touched(("d", "p"), 10.0) and not cluster.cover.touched(("d", "p"), 10.5)
-    assert not cluster.cover.touched(("d",), 0.0), "no load fails because a cache was emptied"
-    spell = cluster.cover.begin("X45", ("d",))
-    assert cluster.cover.touched(("d", "p"), 100.0) and not cluster.cover.touched(("a",), 0.0)
-    cluster.now = 20.0
-    cluster.cover.end(spell)
-    assert cluster.cover.touched(("d",), 20.0) and not cluster.cover.touched(("d",), 20.5)

@@ -1,4 +1,4 @@
-"""A prefill and a decode server that a test may kill and stop, and requests in every phase at once."""
+"""A prefill and a decode server that a test may kill and stop, and requests under way to them."""
 
 import concurrent.futures
 import http.client
@@ -6,7 +6,7 @@ import json
 import os
 import select
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,32 @@ from tests.e2e.connectors.fleet import (
     ask,
     nixl,
     prefill,
-    scrape,
+    split_of,
     start,
     stop_all,
+    text_of,
     until,
 )
 
+Alone = Callable[..., str]
+"""The text of a server that no fault meets, for a prompt and fields of a request."""
 LEASE_S = 8.0
 """Of the prefill server: so long its pages wait for a decode server that has died."""
+BUDGET = 32
+"""Tokens of a step. Few, so that a long prompt is being computed for long enough to be met in the middle."""
 PLANS = tuple(
-    Plan(name=name, config=config, page_size=16, num_pages=PAGES_16)
+    Plan(
+        name=name,
+        config=config,
+        page_size=16,
+        num_pages=PAGES_16,
+        flags=("--max-num-batched-tokens", str(BUDGET)),
+    )
     for name, config in (
         ("chaos-p", nixl("kv_producer", kv_lease_duration=LEASE_S)),
         ("chaos-d", nixl("kv_consumer")),
     )
 )
-LONG = 600
-"""Tokens of a prompt that takes a prefill server five steps, and most of its pages."""
-QUEUED = 200
-"""Tokens of a prompt that has no room beside a long one, whatever else is held."""
-STREAMED = 64
-"""Tokens that a stream takes to its end."""
-KEEP = {"do_remote_decode": True, "do_remote_prefill": False}
-ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +141,18 @@ def text_in(answer: dict[str, Any]) -> str:
 
 def census(node: Node) -> dict[str, Any]:
     """What a server's pages are for, at this moment."""
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-    reply = httpx.get(f"{node.url}/debug/pages", headers=headers, timeout=60, trust_env=False)
-    answer = reply.raise_for_status().json()
+    with onlooker() as client:
+        return census_through(client, node)
+
+
+def onlooker() -> httpx.Client:
+    """A connection for those who look often: to open one takes longer than to ask."""
+    return httpx.Client(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60, trust_env=False)
+
+
+def census_through(client: httpx.Client, node: Node) -> dict[str, Any]:
+    """The same through an onlooker's connection."""
+    answer = client.get(f"{node.url}/debug/pages").raise_for_status().json()
     assert sum(answer["pages"].values()) == answer["total"] == PAGES_16 - 1, answer
     return answer
 
@@ -225,66 +237,17 @@ def kill(node: Node) -> None:
     node.server.process.wait()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """A request in each phase, of which nobody has read the answer; the prefill server stands still.
-
-    Attributes:
-        prompts: of each, by phase.
-        params: that the client of the leased one holds.
-        queued, prefilling: on the prefill server. loading, decoding: on the decode server.
-    """
-
-    prompts: dict[str, list[int]]
-    params: dict[str, Any]
-    queued: Call
-    prefilling: Call
-    loading: Call
-    decoding: Call
-
-    @classmethod
-    def set(cls, duo: Duo, prompts: Prompts) -> "Scene":
-        """Begins all of them. A prompt that is done before its server stands still is tried again."""
-        clear(duo.prefill, duo.decode)
-        for _ in range(ATTEMPTS):
-            scene = _set(duo, prompts)
-            if scene is not None:
-                return scene
-        raise AssertionError(f"no prompt was still being computed, in {ATTEMPTS} attempts")
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """Those under way."""
-        return self.queued, self.prefilling, self.loading, self.decoding
+def continued(node: Node, prompt: list[int], end: End) -> str:
+    """D's text for a prompt that P has answered."""
+    assert end.status == 200 and end.body is not None
+    return text_of(ask(node.url, prompt, kv_transfer_params=end.body["kv_transfer_params"]))
 
 
-def _set(duo: Duo, prompts: Prompts) -> Scene | None:
-    p, d = duo.prefill, duo.decode
-    lengths = {"leased": 40, "queued": QUEUED, "prefilling": LONG, "loading": 45, "decoding": 33}
-    asked = {phase: prompts.take(length) for phase, length in lengths.items()}
-    # The servers meet, and the stream's pages are there before nobody answers for them any more.
-    ask(d.url, asked["decoding"], max_tokens=1, kv_transfer_params=prefill(p.url, asked["decoding"]))
-    params = {phase: prefill(p.url, asked[phase]) for phase in ("leased", "loading")}
-    prefilling = Call(p, asked["prefilling"], max_tokens=1, kv_transfer_params=KEEP)
-    until(lambda: scrape(p.url)["vllm:num_requests_running"] == 1, "a prompt is being computed")
-    queued = Call(p, asked["queued"], max_tokens=1, kv_transfer_params=KEEP)
-    until(lambda: scrape(p.url)["vllm:num_requests_waiting"] == 1 or prefilling.answered, "another one waits")
-    os.kill(p.pid, signal.SIGSTOP)
-    if prefilling.answered or queued.answered:
-        os.kill(p.pid, signal.SIGCONT)
-        prefilling.disconnect()
-        queued.disconnect()
-        clear(p, d)
-        return None
-    loading = Call(d, asked["loading"], kv_transfer_params=params["loading"])
-    until(lambda: census(d)["in_moves"]["loading"] > 0, "pages are being loaded")
-    decoding = Call(d, asked["decoding"], stream=True, max_tokens=STREAMED)
-    decoding.first_chunk()
-    return Scene(
-        prompts=asked,
-        params=params["leased"],
-        queued=queued,
-        prefilling=prefilling,
-        loading=loading,
-        decoding=decoding,
-    )
+def assert_well(duo: Duo, asked: Prompts, alone: Alone) -> None:
+    """All pages are back, and D reads from P what P computes."""
+    clear(duo.prefill, duo.decode)
+    prompt = asked.take(50)
+    answer = ask(duo.decode.url, prompt, kv_transfer_params=prefill(duo.prefill.url, prompt))
+    assert split_of(answer) == (0, 0, 50)
+    assert text_of(answer) == alone(prompt)
+    clear(duo.prefill, duo.decode)

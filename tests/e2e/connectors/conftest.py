@@ -4,7 +4,20 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from tests.e2e.connectors.fleet import PAGES_16, Node, Plan, nixl, start_all, stop_all
+from tests.conftest import HAS_NIXL
+from tests.e2e.connectors.chaos import Alone, Duo
+from tests.e2e.connectors.fleet import (
+    PAGES_16,
+    Node,
+    Pair,
+    Plan,
+    Prompts,
+    ask,
+    nixl,
+    start_all,
+    stop_all,
+    text_of,
+)
 
 TIMEOUT_S = 5.0
 """Of a transfer to the decode servers of the tests of faults."""
@@ -31,3 +44,42 @@ def decoders(
     nodes = start_all((RECOMPUTES, FAILS), free_port, tmp_path_factory.mktemp("decoders"))
     yield nodes[0], nodes[1]
     assert stop_all(nodes) == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def running(
+    free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Generator[Duo, None, None]:
+    """Two servers for all scenes."""
+    if not HAS_NIXL:
+        pytest.skip("nixl is not installed")
+    ports: set[int] = set()
+    while len(ports) < 3:
+        ports.add(free_port())
+    duo = Duo.begin(sorted(ports), tmp_path_factory.mktemp("chaos"))
+    yield duo
+    assert duo.stop() == [0, 0]
+
+
+@pytest.fixture
+def duo(running: Duo) -> Generator[Duo, None, None]:
+    """Both alive, also after a test that failed in the middle."""
+    running.revive()
+    yield running
+    running.revive()
+
+
+@pytest.fixture(scope="module")
+def asked() -> Prompts:
+    """The same prompts in every run: the servers are of this file alone."""
+    return Prompts(b"chaos")
+
+
+@pytest.fixture
+def alone(pair16: Pair) -> Alone:
+    """The text of a server that no fault meets and that reads no peer's page."""
+
+    def text(prompt: list[int], **fields: int) -> str:
+        return text_of(ask(pair16.prefill.url, prompt, **fields))
+
+    return text

@@ -103,12 +103,13 @@ def multi(role: str, *children: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How to start one server."""
+    """How to start one server. `flags` come after those of all servers, and win."""
 
     name: str
     config: Mapping[str, Any]
     page_size: int
     num_pages: int
+    flags: tuple[str, ...] = ()
 
     @property
     def host_tier(self) -> str:
@@ -126,6 +127,7 @@ def start(plan: Plan, port: int, folder: Path, side_channel_port: int = 0) -> No
         *("--page-size", str(plan.page_size), "--num-gpu-blocks-override", str(plan.num_pages)),
         *("--kv-transfer-config", json.dumps(plan.config)),
         *("--nixl-side-channel-port", str(side_channel_port)),
+        *plan.flags,
     )
     return Node(url=server.url, page_size=plan.page_size, host_tier=plan.host_tier, server=server)
 
@@ -183,12 +185,12 @@ def start_router(prefill_url: str, decode_url: str, port: int, folder: Path) -> 
     return server
 
 
-def until(holds: Callable[[], bool], what: str, seconds: float = WAIT_S) -> None:
-    """Waits for a condition."""
+def until(holds: Callable[[], bool], what: str, seconds: float = WAIT_S, *, pause_s: float = 0.05) -> None:
+    """Waits for a condition; looks again after `pause_s`."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
-        time.sleep(0.05)
+        time.sleep(pause_s)
 
 
 class Series(dict[str, float]):

@@ -7,88 +7,15 @@ that is there is that of a server alone, and the pair goes on. More of a leased 
 
 import os
 import signal
-from collections.abc import Callable, Collection, Generator
 
 import pytest
 
-from tests.conftest import HAS_NIXL
-from tests.e2e.connectors.chaos import LONG, STREAMED, Duo, End, Scene, census, clear, kill
-from tests.e2e.connectors.fleet import Node, Pair, Prompts, ask, prefill, split_of, text_of, until
+from tests.e2e.connectors.chaos import assert_well, census, clear, kill
+from tests.e2e.connectors.fleet import ask, until
+from tests.e2e.connectors.scenes import LONG, Scene, assert_right
 
 # Five servers start before the first scene.
 pytestmark = [pytest.mark.e2e, pytest.mark.connectors, pytest.mark.timeout(900)]
-
-Alone = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def running(
-    free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
-) -> Generator[Duo, None, None]:
-    """Two servers for all scenes."""
-    if not HAS_NIXL:
-        pytest.skip("nixl is not installed")
-    ports: set[int] = set()
-    while len(ports) < 3:
-        ports.add(free_port())
-    duo = Duo.begin(sorted(ports), tmp_path_factory.mktemp("chaos"))
-    yield duo
-    assert duo.stop() == [0, 0]
-
-
-@pytest.fixture
-def duo(running: Duo) -> Generator[Duo, None, None]:
-    """Both alive, also after a test that failed in the middle."""
-    running.revive()
-    yield running
-    running.revive()
-
-
-@pytest.fixture(scope="module")
-def asked() -> Prompts:
-    """The same prompts in every run: the servers are of this file alone."""
-    return Prompts(b"chaos")
-
-
-@pytest.fixture
-def alone(pair16: Pair) -> Alone:
-    """The text of a server that no fault meets and that reads no peer's page."""
-
-    def text(prompt: list[int], **fields: int) -> str:
-        return text_of(ask(pair16.prefill.url, prompt, **fields))
-
-    return text
-
-
-def continued(node: Node, prompt: list[int], end: End) -> str:
-    """D's text for a prompt that P has answered."""
-    assert end.status == 200 and end.body is not None
-    return text_of(ask(node.url, prompt, kv_transfer_params=end.body["kv_transfer_params"]))
-
-
-def assert_right(duo: Duo, scene: Scene, alone: Alone, without: Collection[str] = ()) -> None:
-    """Each of the five has its text, but for those whose client or server has gone."""
-    prompts = scene.prompts
-    ends = {
-        "decoding": lambda: scene.decoding.end().text,
-        "loading": lambda: scene.loading.end().text,
-        "prefilling": lambda: continued(duo.decode, prompts["prefilling"], scene.prefilling.end()),
-        "queued": lambda: continued(duo.decode, prompts["queued"], scene.queued.end()),
-        "leased": lambda: text_of(ask(duo.decode.url, prompts["leased"], kv_transfer_params=scene.params)),
-    }
-    longer = {"decoding": {"max_tokens": STREAMED}}
-    texts = {phase: end() for phase, end in ends.items() if phase not in without}
-    assert texts == {phase: alone(prompts[phase], **longer.get(phase, {})) for phase in texts}
-
-
-def assert_well(duo: Duo, asked: Prompts, alone: Alone) -> None:
-    """All pages are back, and D reads from P what P computes."""
-    clear(duo.prefill, duo.decode)
-    prompt = asked.take(50)
-    answer = ask(duo.decode.url, prompt, kv_transfer_params=prefill(duo.prefill.url, prompt))
-    assert split_of(answer) == (0, 0, 50)
-    assert text_of(answer) == alone(prompt)
-    clear(duo.prefill, duo.decode)
 
 
 def test_clients_that_go_away_take_their_pages_with_them(duo, asked, alone):
