@@ -86,9 +86,10 @@ def assemble(config: EngineConfig, cache_dir: Path, report: Callable[[str], None
         spec,
         num_pages=num_pages,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.token_budget,
         max_model_len=max_model_len,
         backend=config.attention_backend,
+        deterministic=config.deterministic,
         pool_must_stay=config.kv_transfer is not None,
     )
     scheduler = SchedulerConfig(
@@ -110,7 +111,7 @@ def assemble(config: EngineConfig, cache_dir: Path, report: Callable[[str], None
         device=device,
         spec=spec,
         scheduler=scheduler,
-        limits=Limits(max_num_batched_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs),
+        limits=Limits(max_num_batched_tokens=config.token_budget, max_num_seqs=config.max_num_seqs),
         dtype=dtype,
         default_sampling=defaults,
         chat_template=template if template is not None else tokenizer.chat_template,
@@ -147,7 +148,7 @@ def draft(config: EngineConfig, cache_dir: Path, report: Callable[[str], None]) 
     num_pages = pool_pages(config, spec)
     max_model_len = model_length(config, model, spec, num_pages)
     graphdef, weights = abstract_model(model, dtype=dtype)
-    buckets = buckets_of(config.max_num_seqs, config.max_num_batched_tokens)
+    buckets = buckets_of(config.max_num_seqs, config.token_budget, deterministic=config.deterministic)
     return Draft(
         buckets=buckets,
         plan=compile_plan(buckets, max_model_len),
@@ -160,6 +161,7 @@ def draft(config: EngineConfig, cache_dir: Path, report: Callable[[str], None]) 
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             backend=config.attention_backend,
+            deterministic=config.deterministic,
         ),
         dtype=dtype,
     )

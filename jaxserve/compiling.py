@@ -119,6 +119,7 @@ def draw_up(
     max_num_seqs: int,
     max_model_len: int,
     backend: str,
+    deterministic: bool = False,
     mesh: Mesh | None = None,
 ) -> Blueprint:
     """The blueprint of one engine's programs.
@@ -130,6 +131,7 @@ def draw_up(
         spec: of a page.
         num_pages: of the page buffer.
         backend: of paged attention.
+        deterministic: attention computes a token alike whatever comes with it.
         mesh: over which pages are split by KV heads; None: the first local device.
 
     Raises:
@@ -143,6 +145,7 @@ def draw_up(
         max_pages=max_pages,
         kv_dtype=spec.dtype,
         backend="pallas" if backend == "pallas" else "xla",
+        deterministic=deterministic,
         mesh=mesh,
     )
     slots = jax.eval_shape(functools.partial(init_slots, max_num_seqs, config.vocab_size))

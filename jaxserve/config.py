@@ -11,6 +11,10 @@ DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "xla", "pallas")
 POLICIES = ("fcfs", "priority")
 
+TOKEN_BUDGET = 512
+DETERMINISTIC_TOKEN_BUDGET = 128
+"""Smaller: every step is padded to it, that of a single decode too. docs/performance.md has the figures."""
+
 
 class ConfigError(ValueError):
     """An option that makes no sense, alone or with others; the message names it."""
@@ -29,12 +33,14 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the page buffer; None: DEFAULT_KV_BYTES.
         num_pages: pages of the page buffer, in place of kv_cache_memory_bytes.
         max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: token budget of one step.
+        max_num_batched_tokens: token budget of one step; None: see `token_budget`.
         max_num_queued_reqs: requests that may wait; beyond, they are refused.
         enable_prefix_caching: requests share the pages of equal prefixes.
         scheduling_policy: "fcfs" or "priority".
         attention_backend: "xla", "pallas" or "auto".
         enforce_eager: compile buckets on first use, not before the engine is ready.
+        deterministic: a request gives bitwise the same tokens and log-probabilities in any company, in any
+            chunks, cached or not; one without a seed has the engine's. Slower: every step has one shape.
         seed: of the engine: seeds of requests without one are drawn from it.
         generation_config: "auto": sampling defaults from the model's generation_config.json; "vllm": none.
         chat_template: file with a chat template, in place of the model's.
@@ -59,12 +65,13 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     num_pages: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     max_num_queued_reqs: int = 1024
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     attention_backend: str = "auto"
     enforce_eager: bool = False
+    deterministic: bool = False
     seed: int = 0
     generation_config: str = "auto"
     chat_template: Path | None = None
@@ -98,7 +105,7 @@ class EngineConfig:
             raise ConfigError(f"--num-gpu-blocks-override must be at least 2, got {self.num_pages}")
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("--num-gpu-blocks-override and --kv-cache-memory-bytes contradict each other")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.token_budget < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
                 f"({self.max_num_seqs}): every running sequence needs a token per step"
@@ -129,6 +136,14 @@ class EngineConfig:
             require_explicit_key(host, self.kv_auth_key_file is not None)
         except AuthKeyError as error:
             raise ConfigError(f"--nixl-side-channel-host: {error}") from error
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of one step at most: as asked, else a default that leaves every sequence a token."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        usual = DETERMINISTIC_TOKEN_BUDGET if self.deterministic else TOKEN_BUDGET
+        return max(usual, self.max_num_seqs)
 
     @property
     def names(self) -> tuple[str, ...]:

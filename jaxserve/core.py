@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxserve.dispatch import Executed, Pending, PromptSpan, SlotSetup
+from jaxserve.dispatch import Executed, Pending, PromptSpan, SlotSetup, slot_setup
 from jaxserve.inbox import Arrived, Inbox
 from jaxserve.movers import Movers
 from jaxserve.outputs import RequestRefused
@@ -261,7 +261,9 @@ class EngineCore:
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = max(now, live.queued_s)
             self.inbox.leave_queue(live)
-            self._setups[entry.slot] = _setup(live.request, sequence, entry.slot)
+            self._setups[entry.slot] = slot_setup(
+                live.request, sequence.index, sequence.output, slot=entry.slot
+            )
         if not len(plan.rows):
             return None
         setups = list(self._setups.values())
@@ -343,21 +345,3 @@ class EngineCore:
             live.failed = True
             self.inbox.abort(live.request.request_id)
             return None
-
-
-def _setup(request: Request, sequence: LiveSequence, slot: int) -> SlotSetup:
-    sampling = request.sampling
-    known = np.asarray((*request.prompt_token_ids, *sequence.output), np.int32)
-    return SlotSetup(
-        slot=slot,
-        sampling=sampling,
-        seed=_wrap(int(sampling.seed or 0) + sequence.index),
-        stop_token_ids=(*sampling.stop_token_ids, *request.eos_token_ids),
-        tokens=known,
-        num_prompt=len(request.prompt_token_ids),
-    )
-
-
-def _wrap(seed: int) -> int:
-    """A seed plus an index, kept in 64 bits."""
-    return (seed + 2**63) % 2**64 - 2**63

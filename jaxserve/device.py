@@ -75,10 +75,12 @@ class Device:
         max_num_batched_tokens: int,
         max_model_len: int,
         backend: str,
+        deterministic: bool = False,
         mesh: Mesh | None = None,
         pool_must_stay: bool = False,
     ) -> None:
         """Args:
+            deterministic: every step has one shape, in which a token's bits do not depend on its company.
             mesh: devices of this process along one axis, "tensor"; None: the first local device.
             pool_must_stay: somebody else may write into the page buffer, so that no step may copy it.
 
@@ -90,7 +92,7 @@ class Device:
         self._spec, self._num_pages = spec, num_pages
         self._vocab, self._num_slots = loaded.config.vocab_size, max_num_seqs
         self._kv_heads, self._max_model_len = loaded.config.num_kv_heads, max_model_len
-        self.buckets = buckets_of(max_num_seqs, max_num_batched_tokens)
+        self.buckets = buckets_of(max_num_seqs, max_num_batched_tokens, deterministic=deterministic)
         self.plan = compile_plan(self.buckets, max_model_len)
         self.blueprint = draw_up(
             loaded.graphdef,
@@ -101,6 +103,7 @@ class Device:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             backend=backend,
+            deterministic=deterministic,
             mesh=mesh,
         )
         self._max_pages = self.blueprint.max_pages

@@ -1,12 +1,13 @@
 """What a device is told of a step beside its plan, and what it answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from jaxserve.sample import Sampled
-from scheduler.types import Outcome, SamplingParams
+from scheduler.types import Outcome, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,6 +27,29 @@ class SlotSetup:
     stop_token_ids: tuple[int, ...]
     tokens: np.ndarray
     num_prompt: int
+
+
+def slot_setup(request: Request, index: int, output: Sequence[int], *, slot: int) -> SlotSetup:
+    """What the device is told of a sequence that gets a slot.
+
+    Args:
+        index: of the sequence in its request: each draws with a seed of its own.
+        output: its tokens so far.
+    """
+    sampling = request.sampling
+    return SlotSetup(
+        slot=slot,
+        sampling=sampling,
+        seed=_wrap(int(sampling.seed or 0) + index),
+        stop_token_ids=(*sampling.stop_token_ids, *request.eos_token_ids),
+        tokens=np.asarray((*request.prompt_token_ids, *output), np.int32),
+        num_prompt=len(request.prompt_token_ids),
+    )
+
+
+def _wrap(seed: int) -> int:
+    """A seed plus an index, kept in 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

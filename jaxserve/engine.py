@@ -37,6 +37,7 @@ from jaxserve.outputs import (
     Transfer,
 )
 from jaxserve.record import RecordFile
+from jaxserve.rerun import facts_of
 from jaxserve.sample import MAX_LOGPROBS, pack_slot
 from jaxserve.shapes import Shape
 from jaxserve.text import ChatTemplate, TemplatePool, Tokenizer
@@ -105,7 +106,12 @@ class Engine:
         self._record = (
             None
             if config.record is None
-            else RecordFile(config.record, self._parts.scheduler, self._parts.limits)
+            else RecordFile(
+                config.record,
+                self._parts.scheduler,
+                self._parts.limits,
+                facts_of(config, self._parts.dtype),
+            )
         )
         self._seeds = random.Random(config.seed)
         self._numbers = itertools.count()
@@ -243,7 +249,7 @@ class Engine:
         except ValueError as error:
             raise RequestRefused(str(error), param="sampling") from error
         if request.sampling.seed is None:
-            seed = self._seeds.getrandbits(63)
+            seed = self.config.seed if self.config.deterministic else self._seeds.getrandbits(63)
             request = replace(request, sampling=replace(request.sampling, seed=seed))
         self._loop.submit(request, sink)
 

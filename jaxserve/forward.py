@@ -33,6 +33,7 @@ class Geometry:
         max_pages: M, columns of the page table.
         kv_dtype: how the pages' bits are read.
         backend: of paged attention.
+        deterministic: attention computes a token alike whatever comes with it.
         mesh: over which pages are split by KV heads, and weights with them; None: one device.
     """
 
@@ -41,6 +42,7 @@ class Geometry:
     max_pages: int
     kv_dtype: str
     backend: Backend
+    deterministic: bool = False
     mesh: Mesh | None = None
 
 
@@ -64,6 +66,7 @@ def attend_pages(batch: Batch, geometry: Geometry) -> Callable[..., tuple[jax.Ar
             kv_dtype=geometry.kv_dtype,
             scale=scale,
             sliding_window=geometry.config.sliding_window,
+            uniform=geometry.deterministic,
             backend=geometry.backend,
         )
         return out, pages

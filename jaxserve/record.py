@@ -1,6 +1,7 @@
 """A record of every step's inputs, on disk, for `jaxserve replay`."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from scheduler.record import Replayed, decode, digest, encode_entry, encode_header, encode_inputs, replay
@@ -18,10 +19,17 @@ class RecordFile:
         OSError: the file cannot be made.
     """
 
-    def __init__(self, path: Path, config: SchedulerConfig, limits: Limits) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: SchedulerConfig,
+        limits: Limits,
+        engine: Mapping[str, str | int | bool] | None = None,
+    ) -> None:
+        """Args: engine: see `scheduler.record.Header`."""
         self._file = path.open("wb")
         self._broken = False
-        frame, self._digest = encode_header(config, limits)
+        frame, self._digest = encode_header(config, limits, engine)
         self._file.write(frame)
         self._file.flush()
 

@@ -86,8 +86,17 @@ def histories(max_model_len: int) -> list[int]:
     return [*lengths, max_model_len]
 
 
-def buckets_of(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
-    """Shapes of steps."""
+def buckets_of(
+    max_num_seqs: int, max_num_batched_tokens: int, *, deterministic: bool = False
+) -> list[Bucket]:
+    """Shapes of steps.
+
+    Args:
+        deterministic: only one, the largest. A product of matrices sums in an order that depends on its
+            shape alone: a token that is always computed in one shape has the same bits in any company.
+    """
+    if deterministic:
+        return mixed_buckets(max_num_batched_tokens, max_num_seqs)[-1:]
     return decode_buckets(max_num_seqs) + mixed_buckets(max_num_batched_tokens, max_num_seqs)
 
 

@@ -6,6 +6,7 @@ digests, in any process; one changed byte anywhere breaks the chain.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from scheduler.state import SchedulerState, initial_state
 from scheduler.step import step
 from scheduler.types import Inputs, Limits, Outcome, Plan, Request, SchedulerConfig, Stop
 
-FORMAT = "jaxserve-record-2"
+FORMAT = "jaxserve-record-3"
 DIGEST_BYTES = 16
 
 
@@ -34,11 +35,16 @@ class WireOutcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first entry of a record."""
+    """The first entry of a record.
+
+    Attributes:
+        engine: what of the engine the tokens depend on, by name; nothing here reads it.
+    """
 
     format: str
     config: SchedulerConfig
     limits: Limits
+    engine: dict[str, str | int | bool]
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -101,9 +107,12 @@ def digest(previous: bytes, inputs: bytes, plan: Plan) -> bytes:
     return hashlib.blake2b(previous + framed, digest_size=DIGEST_BYTES).digest()
 
 
-def encode_header(config: SchedulerConfig, limits: Limits) -> tuple[bytes, bytes]:
-    """The first frame of a record, and the digest that the chain begins with."""
-    payload = msgspec.msgpack.encode(Header(format=FORMAT, config=config, limits=limits))
+def encode_header(
+    config: SchedulerConfig, limits: Limits, engine: Mapping[str, str | int | bool] | None = None
+) -> tuple[bytes, bytes]:
+    """The first frame of a record, and the digest that the chain begins with. `engine`: see `Header`."""
+    header = Header(format=FORMAT, config=config, limits=limits, engine=dict(engine or {}))
+    payload = msgspec.msgpack.encode(header)
     start = hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest()
     return _frame(start + payload), start
 
@@ -183,8 +192,11 @@ def decode_inputs(data: bytes) -> Inputs:
     )
 
 
-def replay(record: Record) -> Replayed:
+def replay(record: Record, taken: Callable[[Inputs, Plan], None] | None = None) -> Replayed:
     """Runs the recorded inputs through `step` and compares every digest.
+
+    Args:
+        taken: given every step that is the same, in turn; may raise RecordError too.
 
     Raises:
         RecordError: a step that cannot be run again, or whose digest differs; the message names it.
@@ -192,13 +204,16 @@ def replay(record: Record) -> Replayed:
     state: SchedulerState = initial_state(record.header.config)
     chained, steps, tokens, preempted, aborted = record.start, 0, 0, 0, 0
     for number, (data, wanted) in enumerate(record.entries, 1):
+        inputs = decode_inputs(data)
         try:
-            state, plan = step(state, decode_inputs(data), record.header.limits)
+            state, plan = step(state, inputs, record.header.limits)
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise RecordError(f"step {number} cannot be run again: {error}") from error
         chained = digest(chained, data, plan)
         if chained != wanted:
             raise RecordError(f"step {number} differs from the record")
+        if taken is not None:
+            taken(inputs, plan)
         steps, tokens = steps + 1, tokens + len(plan.rows.tokens)
         preempted += len(plan.preempted)
         aborted += sum(ended.reason == "abort" for ended in plan.finished)

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxserve.config import BACKENDS, DTYPES, POLICIES, ConfigError, EngineConfig
+from jaxserve.config import (
+    BACKENDS,
+    DETERMINISTIC_TOKEN_BUDGET,
+    DTYPES,
+    POLICIES,
+    TOKEN_BUDGET,
+    ConfigError,
+    EngineConfig,
+)
 from jaxserve.weights.smollm2 import default_cache_dir
 from jaxserve.weights.source import DEFAULT_MODEL
 from kv.config import BOTH, OFFLOADING, ConnectorConfig, TransferConfigError, parse
@@ -93,7 +101,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=size, default=defaults.max_num_seqs, metavar="N",
         help="sequences that run at once (default %(default)s)")  # fmt: skip
     add("--max-num-batched-tokens", type=size, metavar="N",
-        help=f"token budget of a step (default {defaults.max_num_batched_tokens})")  # fmt: skip
+        help=f"token budget of a step (default {TOKEN_BUDGET}; "
+        f"{DETERMINISTIC_TOKEN_BUDGET} with --deterministic)")  # fmt: skip
     add("--max-num-queued-reqs", type=size, default=defaults.max_num_queued_reqs, metavar="N",
         help="requests that may wait; beyond, 429 (default %(default)s)")  # fmt: skip
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
@@ -101,6 +110,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--scheduling-policy", choices=POLICIES, default="fcfs", help="who runs first (default fcfs)")
     add("--attention-backend", choices=BACKENDS, default="auto", help="of paged attention")
     add("--enforce-eager", action="store_true", help="compile each shape on first use, not before the start")
+    add("--deterministic", action="store_true",
+        help="the same request gives bitwise the same answer in any company; slower")  # fmt: skip
     add("--seed", type=int, default=0, help="seeds of requests without one are drawn from it")
     add("--generation-config", choices=("auto", "vllm"), default="auto",
         help="auto: sampling defaults from the model's generation_config.json; vllm: none")  # fmt: skip
@@ -135,9 +146,6 @@ def engine_config(
     Raises:
         ConfigError: a value out of range, or a contradiction.
     """
-    tokens = args.max_num_batched_tokens
-    if tokens is None:
-        tokens = max(EngineConfig(model=model).max_num_batched_tokens, args.max_num_seqs)
     return EngineConfig(
         model=model,
         dtype="float32" if args.dtype == "float" else args.dtype,
@@ -146,12 +154,13 @@ def engine_config(
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         num_pages=args.num_pages,
         max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=tokens,
+        max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_queued_reqs=args.max_num_queued_reqs,
         enable_prefix_caching=args.enable_prefix_caching,
         scheduling_policy=args.scheduling_policy,
         attention_backend=args.attention_backend,
         enforce_eager=args.enforce_eager,
+        deterministic=args.deterministic,
         seed=args.seed,
         generation_config=args.generation_config,
         chat_template=args.chat_template,

@@ -31,6 +31,7 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    uniform: bool = False,
     backend: Backend = "xla",
 ) -> jax.Array:
     """Causal attention of every row's queries over the row's own pages.
@@ -62,6 +63,8 @@ def ragged_paged_attention(
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2); None: unchanged.
         sinks: float32 `[H]`, per head one more score that takes part in the softmax and has no value
             (attention sinks as in gpt-oss); None: none.
+        uniform: rows of one token are computed in the very tiles that chunks are. Then a token's result is
+            bitwise the same whatever comes with it: more tokens of its row or fewer, and any other rows.
         backend: "xla" (plain JAX) or "pallas" (the kernel; interpreted on a CPU).
 
     Returns:
@@ -89,6 +92,7 @@ def ragged_paged_attention(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        uniform=uniform,
     )
     return reference.attend(call) if backend == "xla" else pallas.attend(call)
 

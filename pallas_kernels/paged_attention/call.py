@@ -21,6 +21,7 @@ class Call:
         scale: multiplies the scores.
         sliding_window: in tokens, or None.
         soft_cap: or None.
+        uniform: all rows are computed as chunks.
     """
 
     q: jax.Array
@@ -34,6 +35,7 @@ class Call:
     scale: float
     sliding_window: int | None
     soft_cap: float | None
+    uniform: bool
 
     @property
     def page_size(self) -> int:

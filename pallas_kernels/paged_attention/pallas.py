@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels._pallas import Launch, launch
 from pallas_kernels.paged_attention.call import Call
-from pallas_kernels.paged_attention.tiles import PALLAS_CPU, PhaseTiles, gpu_tiles
+from pallas_kernels.paged_attention.tiles import PALLAS_CPU, PallasTiles, PhaseTiles, gpu_tiles
 from pallas_kernels.pages import BITS
 
 NO_SCORE = -1e30
@@ -36,7 +36,8 @@ class _Static:
     """What a launch is compiled for. Letters as in `ragged_paged_attention`.
 
     Attributes:
-        chunks: handle the rows of several tokens; else those of one.
+        chunks: find tiles of rows that may have several; else each row is one tile of one query.
+        shortest: tokens of the shortest rows that are handled.
         lanes: queries times heads of a tile, a power of two.
         padded_group: query heads per KV head (`group`), padded to a power of two.
         padded_dim: `head_dim`, padded to a power of two.
@@ -46,6 +47,7 @@ class _Static:
     """
 
     chunks: bool
+    shortest: int
     rows: int
     tokens: int
     columns: int
@@ -67,21 +69,29 @@ class _Static:
 
 def attend(call: Call) -> jax.Array:
     """See `pallas_kernels.paged_attention.ragged_paged_attention`."""
+    if call.uniform:
+        return _launch(call, jnp.zeros_like(call.q), chunks=True)
     out = _launch(call, jnp.zeros_like(call.q), chunks=False)
     return out if call.decodes_only else _launch(call, out, chunks=True)
 
 
 def _launch(call: Call, out: jax.Array, *, chunks: bool) -> jax.Array:
-    """`out` with the rows of one token, or those of several, filled in."""
+    """`out` with the rows of one token, or those of several, filled in; uniformly all."""
     gpu = gpu_tiles(call.kv_dtype, call.q.shape[2])
     cpu_launch, gpu_launch = (
-        _bind(call, phases.chunk if chunks else phases.decode, chunks) for phases in (PALLAS_CPU, gpu)
+        _bind(call, _phase(call, phases, chunks), chunks) for phases in (PALLAS_CPU, gpu)
     )
     operands = [call.layer.reshape(1), call.cu_q_lens, call.kv_lens, call.page_table, call.q, call.kv_pages]
     if call.sinks is not None:
         operands.append(call.sinks.astype(jnp.float32))
     name = "paged_attention_chunks" if chunks else "paged_attention_decodes"
     return launch(cpu_launch, gpu_launch, [*operands, out], name)
+
+
+def _phase(call: Call, tiles: PallasTiles, chunks: bool) -> PhaseTiles:
+    if call.uniform:
+        return tiles.uniform
+    return tiles.chunk if chunks else tiles.decode
 
 
 def _bind(call: Call, tiles: PhaseTiles, chunks: bool) -> Launch:
@@ -92,6 +102,7 @@ def _bind(call: Call, tiles: PhaseTiles, chunks: bool) -> Launch:
     one_type = call.q.dtype == jnp.dtype(call.kv_dtype)
     static = _Static(
         chunks=chunks,
+        shortest=1 if call.uniform or not chunks else 2,
         rows=rows,
         tokens=tokens,
         columns=columns,
@@ -139,7 +150,7 @@ def _kernel(
         done = (number - starts_ref[row] // static.tile_queries - row) * static.tile_queries
     start = starts_ref[row]
     q_len = starts_ref[row + 1] - start
-    wanted = (q_len > 1) & (done < q_len) if static.chunks else q_len == 1
+    wanted = (q_len >= static.shortest) & (done < q_len) if static.chunks else q_len == 1
 
     @pl.when(wanted)
     def _() -> None:

@@ -42,6 +42,8 @@ class _Tile:
 
 def attend(call: Call) -> jax.Array:
     """See `pallas_kernels.paged_attention.ragged_paged_attention`."""
+    if call.uniform:
+        return _chunk_rows(call, jnp.zeros_like(call.q))
     out = _decode_rows(call)
     return out if call.decodes_only else _chunk_rows(call, out)
 
@@ -76,11 +78,12 @@ def _decode_rows(call: Call) -> jax.Array:
 
 
 def _chunk_rows(call: Call, out: jax.Array) -> jax.Array:
-    """`out` with the rows of several tokens filled in, one tile of queries after another."""
+    """`out` with the rows of several tokens filled in, or with all; one tile of queries after another."""
     tokens, heads, head_dim = call.q.shape
-    size = min(_tiles().chunk_queries, 1 << (tokens - 1).bit_length())
+    tiles = _tiles()
+    size = min(tiles.uniform_queries if call.uniform else tiles.chunk_queries, 1 << (tokens - 1).bit_length())
     q_lens = call.cu_q_lens[1:] - call.cu_q_lens[:-1]
-    counts = jnp.where(q_lens > 1, -(-q_lens // size), 0)
+    counts = jnp.where(q_lens > (0 if call.uniform else 1), -(-q_lens // size), 0)
     ends = jnp.cumsum(counts)
     # Past the last token there must be room for a whole tile, or its slice would begin earlier.
     queries = jnp.pad(call.q, ((0, size), (0, 0), (0, 0)))

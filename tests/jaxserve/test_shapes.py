@@ -50,6 +50,16 @@ def test_every_batch_within_the_limits_has_a_shape_in_the_plan(size, data):
     assert rows_shape(bucket.tokens) in plan and LOGPROBS_SHAPE in plan
 
 
+@given(sizes)
+def test_a_deterministic_engine_has_one_shape_of_step_that_holds_every_batch(size):
+    seqs, tokens = size
+    [bucket] = buckets_of(seqs, tokens, deterministic=True)
+    assert bucket.tokens >= tokens and bucket.rows >= seqs
+    for lens in ([1], [1] * seqs, [tokens - seqs + 1, *[1] * (seqs - 1)]):
+        assert choose([bucket], rows_of(lens)) == bucket
+    assert step_shape(bucket) in compile_plan([bucket], 100)
+
+
 @given(st.integers(1, 200_000), st.data())
 def test_every_history_of_a_sequence_has_a_shape_in_the_plan(longest, data):
     plan = compile_plan(buckets_of(4, 32), longest)

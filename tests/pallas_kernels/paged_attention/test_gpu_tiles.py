@@ -36,7 +36,7 @@ def lower(
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(("tokens", "launches"), [(8, 1), (256, 2)])
+@pytest.mark.parametrize(("tokens", "uniform", "launches"), [(8, False, 1), (256, False, 2), (256, True, 1)])
 @pytest.mark.parametrize(
     ("kv_dtype", "head_dim", "page_size", "rule"),
     [
@@ -49,9 +49,9 @@ def lower(
     ],
 )
 def test_every_row_of_the_table_lowers_to_cuda(
-    kv_dtype: str, head_dim: int, page_size: int, tokens: int, launches: int, rule: str
+    kv_dtype: str, head_dim: int, page_size: int, tokens: int, uniform: bool, launches: int, rule: str
 ) -> None:
-    text = lower(kv_dtype, head_dim, page_size, tokens, RULES[rule]).as_text()
+    text = lower(kv_dtype, head_dim, page_size, tokens, {**RULES[rule], "uniform": uniform}).as_text()
     assert text.count("custom_call") == launches
 
 
@@ -61,15 +61,18 @@ def test_the_table_has_a_test_here(item_bytes: int, head_dim: int) -> None:
     assert gpu_tiles(kv_dtype, head_dim) is PALLAS_GPU[item_bytes, head_dim]
 
 
+@pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_gpu_tiles_compute_the_same_when_interpreted(
-    head_dim: int, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, kv_dtype: str, uniform: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pallas, "PALLAS_CPU", gpu_tiles(kv_dtype, head_dim))
     shape = Shape(heads=6, kv_heads=2, head_dim=head_dim, kv_dtype=kv_dtype, q_dtype=kv_dtype)
     batch = make_batch(shape, [(1, 200), (40, 40), (2, 33), (90, 250), (1, 16)])
-    attend = functools.partial(ragged_paged_attention, kv_dtype=kv_dtype, scale=0.1, backend="pallas")
+    attend = functools.partial(
+        ragged_paged_attention, kv_dtype=kv_dtype, scale=0.1, uniform=uniform, backend="pallas"
+    )
     tolerance = 1e-5 if kv_dtype == "float32" else 1e-2
     result = np.asarray(jax.jit(attend)(*batch.arguments)).astype(np.float64)
     np.testing.assert_allclose(result, twin(batch, scale=0.1), rtol=tolerance, atol=tolerance)

@@ -1,6 +1,7 @@
 """Both backends against the twin, and what must not change the result at all."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from pallas_kernels.paged_attention import BACKENDS, ragged_paged_attention
 from tests.pallas_kernels.twin import Batch, Shape, make_batch, poison, twin
 
 SCALE = 0.17
-STATIC = ("kv_dtype", "scale", "sliding_window", "soft_cap", "backend")
+STATIC = ("kv_dtype", "scale", "sliding_window", "soft_cap", "uniform", "backend")
 attend = jax.jit(ragged_paged_attention, static_argnames=STATIC)
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -52,9 +53,9 @@ def run(batch: Batch, rule: dict, backend: str) -> np.ndarray:
     return np.asarray(attend(*batch.arguments, kv_dtype=batch.shape.kv_dtype, backend=backend, **rule))
 
 
-def check(batch: Batch, rule: dict, backend: str) -> None:
+def check(batch: Batch, rule: dict, backend: str, *, uniform: bool = False) -> None:
     """Every number within the tolerance of its type, relative to the larger of 1 and itself."""
-    result = run(batch, rule, backend)
+    result = run(batch, {**rule, "uniform": uniform}, backend)
     assert result.dtype == batch.q.dtype
     tolerance = TOLERANCE[batch.shape.q_dtype]
     np.testing.assert_allclose(result.astype(np.float64), twin(batch, **rule), rtol=tolerance, atol=tolerance)
@@ -144,6 +145,46 @@ def test_a_row_is_bitwise_the_same_whatever_the_others_are(backend: str) -> None
         pages[among.page_table[row, :count]] = np.asarray(alone.kv_pages)[alone.page_table[row, :count]]
     among = replace(among, kv_pages=jnp.asarray(pages), layer=alone.layer, q=alone.q)
     np.testing.assert_array_equal(run(among, keywords, backend)[:51], run(alone, keywords, backend)[:51])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("shape", "rule"), [("smollm2", "full"), ("bfloat16", "all"), ("multi-query-d80", "window")]
+)
+@settings(deadline=None, max_examples=6)
+@given(data=st.data())
+def test_uniform_rows_agree_with_the_twin(shape: str, rule: str, backend: str, data: st.DataObject) -> None:
+    chosen = SHAPES[shape]
+    batch = make_batch(chosen, data.draw(row_lens(chosen)), data.draw(st.integers(0, 99)))
+    check(batch, rule_of(chosen, rule), backend, uniform=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", ["full", "all"])
+@pytest.mark.parametrize("shape", ["smollm2", "bfloat16", "float16"])
+@settings(deadline=None, max_examples=6)
+@given(data=st.data())
+def test_uniformly_a_token_is_bitwise_the_same_in_any_chunk_and_company(
+    shape: str, rule: str, backend: str, data: st.DataObject
+) -> None:
+    """A sequence computed at once, in chunks that are drawn, and token by token, each among strangers."""
+    chosen, length, computed = SHAPES[shape], 60, 70
+    keywords = {**rule_of(chosen, rule), "uniform": True}
+    whole = make_batch(chosen, [(length, computed + length)], 3)
+    wanted = run(whole, keywords, backend)[:length]
+    cuts = data.draw(st.lists(st.integers(1, length - 1), unique=True, max_size=3).map(sorted))
+    strangers = data.draw(row_lens(replace(chosen, rows=4, tokens=80)))
+    place = data.draw(st.integers(0, len(strangers)))
+    for start, end in pairwise([0, *cuts, length]):
+        lens = [*strangers[:place], (end - start, computed + end), *strangers[place:]]
+        batch = make_batch(chosen, lens, 4)
+        first = int(batch.cu_q_lens[place])
+        pages, count = np.array(batch.kv_pages), -(-(computed + end) // chosen.page_size)
+        pages[batch.page_table[place, :count]] = np.asarray(whole.kv_pages)[whole.page_table[0, :count]]
+        q = batch.q.at[first : first + end - start].set(whole.q[start:end])
+        batch = replace(batch, q=q, kv_pages=jnp.asarray(pages), layer=whole.layer)
+        result = run(batch, keywords, backend)[first : first + end - start]
+        np.testing.assert_array_equal(result, wanted[start:end])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
