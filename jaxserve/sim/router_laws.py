@@ -25,10 +25,12 @@ CALLS = 2
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """Attributes: how: "said", "broken" or "closed" once it is over; said: what the server answered."""
+    """Attributes: how: "said", "broken" or "closed" once it is over; said: what the server answered;
+    groundless: it was given up, and its server was neither silent nor late."""
 
     exchange: Exchange
     how: str = "open"
+    groundless: bool = False
     ended_at: float = 0.0
     said: Reply | None = None
 
@@ -143,7 +145,9 @@ class RouterLaws:
 
     def closed(self, call: Exchange) -> None:
         """The router has given it up, or its client has gone."""
-        self._over(call, "closed")
+        known, (since, most) = self._over(call, "closed"), self._limit(call)
+        missed = self._missed[call.role, call.host] >= self._options.max_missed_probes
+        known.groundless = not missed and self._clock() < since + most - SLACK_S
 
     def checked(self, role: str, host: str, found: int | Unwell) -> None:
         """A health check is over."""
@@ -162,7 +166,7 @@ class RouterLaws:
     def look(self) -> None:
         """After every event. R3: a call to a server that says nothing is given up as soon as it has missed as
         many health checks as it may, and these are made in time."""
-        now, options = self._clock(), self._options
+        now = self._clock()
         lives, blocked, refuses = self._lives(), self._links.blocked, self._links.refuses
         lost = refuses(ROUTER)
         for host, seen in self._hosts.items():
@@ -175,31 +179,41 @@ class RouterLaws:
                 seen.well_since, seen.epoch = now, engine.epoch
         for call in self._calls:
             missed = self._missed[call.role, call.host]
-            if missed >= options.max_missed_probes:
+            if missed >= self._options.max_missed_probes:
                 raise Broken("R3", f"{call.host} has missed {missed} health checks, and is waited for")
             mute_since = self._hosts[call.host].mute_since
             if mute_since is not None:
                 since = max(mute_since, call.asked_at, self._looked.get((call.role, call.host), 0.0))
                 if now > since + self._silent_s:
                     raise Broken("R3", f"{call.host} has said nothing for {now - since:.3f} s")
-            since, most = call.asked_at, options.connect_timeout_s
-            if call.alive_at is not None:
-                since, most = call.alive_at, options.silence_timeout_s
-            if call.role == "prefill" and call.asked_at + options.prefill_timeout_s < since + most:
-                since, most = call.asked_at, options.prefill_timeout_s
+            since, most = self._limit(call)
             if now > since + most + SLACK_S and not self._patient():
                 raise Broken(
                     "R3", f"{call.host} may take {most:g} s, and is waited for after {now - since:.3f} s"
                 )
 
+    def _limit(self, call: Exchange) -> tuple[float, float]:
+        """Since when, and for how long, a call may be without news."""
+        options, since = self._options, call.asked_at
+        most = options.connect_timeout_s
+        if call.alive_at is not None:
+            since, most = call.alive_at, options.silence_timeout_s
+        if call.role == "prefill" and call.asked_at + options.prefill_timeout_s < since + most:
+            return call.asked_at, options.prefill_timeout_s
+        return since, most
+
     # Ends.
 
     def ended(self, number: int, told: Told) -> None:
         """R4: a client's answer is that of the last server that was asked for it. R1: it gets an error of the
-        router's own only where nobody could have answered. R5: it has one end."""
+        router's own only where nobody could have answered. R3: nobody is given up who is neither silent nor
+        late. R5: it has one end."""
         trip = self._trips.pop(number, None)
         if trip is None:
             raise Broken("R5", f"request {number} ends twice")
+        for call in trip.calls:
+            if call.groundless and told.end is not None:
+                raise Broken("R3", f"{call.exchange.host} is given up, neither silent nor late")
         last = trip.calls[-1] if trip.calls else None
         match told.end:
             case Finish() | PassRefusal():

@@ -1,8 +1,9 @@
-"""A router that is wrong in one thing, each of which a law of `jaxserve.sim.router_laws` must find."""
+"""Routers that are wrong in one thing, each of which a law of `jaxserve.sim.router_laws` must find."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxserve.router.exchange import Patience
 from jaxserve.router.fleet import Fleet
 from jaxserve.router.route import Answered, PassRefusal, Route
 from tests.sim.planting import Swap
@@ -50,6 +51,15 @@ def _never_silent(right: Any) -> Any:
     return missed
 
 
+def _impatient(right: Any) -> Any:
+    def ends(self: Any, *, asked_at: float, alive_at: float | None) -> Any:
+        until, trouble = right(self, asked_at=asked_at, alive_at=alive_at)
+        since = asked_at if alive_at is None else alive_at
+        return since + (until - since) / 10, trouble
+
+    return ends
+
+
 def _mixes_parameters(right: Any) -> Any:
     before: dict[int, Any] = {}
 
@@ -83,6 +93,7 @@ ROUTING = (
         law="R3",
         swap=Swap(where=Fleet, name="probe_missed", wrong=_never_silent),
     ),
+    Mutant(name="impatient", law="R3", swap=Swap(where=Patience, name="ends", wrong=_impatient)),
     Mutant(
         name="mixes up parameters",
         law="R4",
