@@ -33,6 +33,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "and every invariant is checked after every event. With --trace, recorded traffic is replayed with "
         "measured costs of steps and transfers; several numbers after --prefill or --decode compare all "
         "combinations.",
+        epilog="P is an engine that computes prompts (prefill), D one that generates (decode). X1 to X46 "
+        "number the faults that strike a world, I1 to I26 (of a router: R1 to R5) the invariants that must "
+        "hold all the same: docs/testing.md says what each of them is.",
     )
     _add_seed_arguments(parser)
     _add_trace_arguments(parser)

@@ -22,7 +22,6 @@ RARE = ("fetched", "preempted")
 """States that are seldom reached: faults look for them."""
 
 IMPOSSIBLE = {
-    ("X42", "loading"): "no text of it is made before it gets a slot",
     ("X42", "preempted"): "its text goes on where it was",
     ("X42", "leased"): "its text is complete",
 }
@@ -78,7 +77,8 @@ class Cover:
         for host, found in self._before.items():
             if any(each[1] == request_id for each in self._here(host)):
                 states = {each[-1] for each in found if each[1] == request_id} or {"waiting"}
-                self.met.update((fault, state) for state in sorted(states))
+                pairs = [(fault, state) for state in sorted(states)]
+                self.met.update(pair for pair in pairs if pair not in IMPOSSIBLE)  # of another sequence
 
     def states(self, host: str, request_id: str) -> set[str]:
         """Of a request's sequences, since the last step."""

@@ -214,6 +214,8 @@ class Loads:
                     )
                     if lent is not None and not loading:
                         lent.given_back.add((epoch, command.request_id))
+                    if _circle(engine):
+                        self._remote.pop((epoch, command.request_id), None)
                 case _:
                     pass
 
@@ -269,3 +271,9 @@ class Loads:
                 or self._history.of_host(("X38", *_SLOW), source.host, lent.at - BEFORE_S)
             )
         return lent.over == "lost"
+
+
+def _circle(engine: SimEngine) -> bool:
+    """Leases hold the pages, and nothing goes on that would give any back: a request may give up its peer."""
+    state = engine.core.state
+    return bool(state.ledger.num_leases) and not (state.running or state.loading or state.fetched)

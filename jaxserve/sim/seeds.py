@@ -13,6 +13,7 @@ from tqdm import tqdm
 from jaxserve.sim.cover import Met, table, thin
 from jaxserve.sim.draw import draw
 from jaxserve.sim.faults import NAMES
+from jaxserve.sim.law_names import law_name
 from jaxserve.sim.world import Failed, Ran, World
 
 SEEDS_PER_JOB = 4
@@ -133,22 +134,28 @@ def summary_text(summary: Summary, *, least: int) -> str:
     """
     speed = summary.events / summary.seconds if summary.seconds else 0.0
     lines = [
-        f"{summary.seeds:,} seeds, {summary.events:,} events in {summary.seconds:,.1f} s: {speed:,.0f} "
-        f"events per second ({summary.virtual_s / 3600:,.1f} hours of virtual time, {summary.lives:,} lives "
-        "of engines)",
+        f"{_many(summary.seeds, 'seed')}, {_many(summary.events, 'event')} in {summary.seconds:,.1f} s: "
+        f"{speed:,.0f} events per second ({summary.virtual_s / 3600:,.1f} hours of virtual time, "
+        f"{summary.lives:,} lives of engines)",
         "requests: " + ", ".join(f"{what} {count:,}" for what, count in summary.counts.items()),
         "prompt tokens: " + ", ".join(f"{source} {count:,}" for source, count in summary.tokens.items()),
         "",
+        "How often a fault (X) met a request in each state; P computes prompts, D generates; docs/testing.md",
         *table(summary.met, NAMES),
     ]
     rare = thin(summary.met, NAMES, least)
     if rare:
         lines += ["", f"met less than {least} times: " + ", ".join(f"{f} {s} ({n})" for f, s, n in rare)]
     for failure in summary.failures:
-        lines += ["", failure.message, *(f"    {line}" for line in failure.last), _how(failure)]
-    over = f"; {len(rare)} pairs of fault and state met too rarely" if rare else ""
-    lines += ["", f"{len(summary.failures)} of {summary.seeds:,} seeds broke a law{over}"]
+        lines += ["", failure.message, f"    {failure.law}: {law_name(failure.law)}"]
+        lines += [*(f"    {line}" for line in failure.last), _how(failure)]
+    over = f"; {_many(len(rare), 'pair')} of fault and state met too rarely" if rare else ""
+    lines += ["", f"{len(summary.failures)} of {_many(summary.seeds, 'seed')} broke a law{over}"]
     return "\n".join(lines)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _how(failure: Failure) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve.sim.draw import draw
 from jaxserve.sim.world import World
-from tests.sim.planted import BUGS, EVENTS, RENEW, look, recorded
+from tests.sim.planted import BUGS, EVENTS, MOST, RENEW, look, recorded
 from tests.sim.planting import Planted
 
 BY_NAME = pytest.mark.parametrize("bug", BUGS, ids=[bug.name for bug in BUGS])
@@ -26,6 +26,15 @@ def test_the_recorded_seed_finds_the_bug_and_nothing_without_it(bug: Planted):
     assert look(bug, found.seed) == found, STALE
     assert found.law in bug.laws, "it is found, but not for what is wrong with it"
     assert run(found.seed) >= EVENTS
+
+
+@pytest.mark.slow
+@BY_NAME
+def test_no_seed_before_the_recorded_one_finds_the_bug(bug: Planted):
+    found = recorded().get(bug.name)
+    assert found is not None, STALE
+    earlier = [look(bug, seed) for seed in range(found.seed)]
+    assert all(one is None or one.events > MOST for one in earlier), STALE
 
 
 def test_bugs_are_many_and_of_many_kinds():

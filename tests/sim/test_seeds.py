@@ -5,18 +5,21 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jaxserve.cli import main
-from jaxserve.sim.cover import STATES, table, thin
+from jaxserve.sim.cover import IMPOSSIBLE, STATES, table, thin
 from jaxserve.sim.draw import draw
 from jaxserve.sim.faults import NAMES
 from jaxserve.sim.hash_model import HashModel
+from jaxserve.sim.law_names import LAWS, law_name
 from jaxserve.sim.seeds import Failure, run_seed, run_seeds, summary_text
 from jaxserve.sim.world import Ran, World
 
 SEEDS, EVENTS = 200, 500
+PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 
 RUNS = """
 import json, sys
@@ -110,6 +113,7 @@ def test_a_broken_law_is_reported_with_what_it_takes_to_see_it_again(monkeypatch
     assert isinstance(ran, Failure) and ran.law in ("I1-I3", "I2", "I12")
     assert main(["simulate", "--seeds", "1", "--first-seed", "1", "--events", "400", "--disable-tqdm"]) == 1
     told = capsys.readouterr().out
+    assert "1 of 1 seed broke a law" in told and f"{ran.law}: {law_name(ran.law)}" in told
     assert ran.message in told and "--first-seed 1 --events 400" in told
     assert re.search(r"trace [0-9a-f]{32}", told) and ran.trace in told
     again = run_seed(1, 400)
@@ -122,5 +126,11 @@ def test_the_table_of_faults_names_what_was_met_too_rarely():
     lines = table(ran.met, NAMES)
     assert len(lines) == 1 + len(NAMES)
     rare = thin(ran.met, NAMES, 10**9)
-    assert len(rare) == len(NAMES) * len(STATES)
+    assert len(rare) == len(NAMES) * len(STATES) - len(IMPOSSIBLE)
+    assert not IMPOSSIBLE.keys() & ran.met.keys()
     assert main(["simulate", "--seeds", "1", "--events", "100", "--least", "1000000", "--disable-tqdm"]) == 1
+
+
+def test_laws_are_called_as_in_the_documents():
+    rows = re.findall(r"^\| ([IR]\d+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)
+    assert {number: name.strip() for number, name in rows} == LAWS
