@@ -14,7 +14,7 @@ from jaxserve.api.errors import ApiError
 from jaxserve.api.replies import ChunkWriter
 from jaxserve.outputs import Delta, EngineError, RequestRefused
 from jaxserve.router.calls import Call, read_call
-from jaxserve.router.route import Finish
+from jaxserve.router.route import BreakOff, Finish, GiveUp
 from jaxserve.sim.answers import check_answer
 from jaxserve.sim.asks import Ask, Hear
 from jaxserve.sim.clockwork import Clockwork
@@ -45,7 +45,7 @@ Then = Callable[[Mapping[str, Any] | None, bool], None]
 class Clients:
     """Attributes:
     asks: live requests by id.
-    counts: what became of requests.
+    counts: what became of requests; from "split" on, of those that went through the router.
     excuses: (epoch, why) of faults that may fail a request of an engine now.
     struck: (request, message) of requests that a failed step, or a row without numbers, has ended.
     router: that some of the requests go through; None: none does.
@@ -74,6 +74,7 @@ class Clients:
         self.asks: dict[str, Ask] = {}
         self.counts: dict[str, int] = {
             "asked": 0, "right": 0, "aborted": 0, "failed": 0, "refused": 0, "lost": 0, "split": 0,
+            "not served": 0, "broken off": 0, "parameters refused": 0,
         }  # fmt: skip
         self.excuses: set[tuple[str, str]] = set()
         self.struck: set[tuple[str, str]] = set()
@@ -180,12 +181,19 @@ class Clients:
 
         def told(what: Told) -> None:
             laws.ended(number, what)
+            self._count(what)
             if isinstance(what.end, Finish) and what.reply is not None and what.reply.status == 200:
                 check_answer(what.reply, self._wanted(call), stream=stream)
             then(what)
 
         laws.begins(number, body)
         self.router.send(call, told, number=number, stream=stream)
+
+    def _count(self, told: Told) -> None:
+        self.counts["not served"] += isinstance(told.end, GiveUp)
+        self.counts["broken off"] += isinstance(told.end, BreakOff)
+        if self.router is not None:
+            self.counts["parameters refused"] = self.router.tally.stats.fallbacks.get("params_refused")
 
     def _wanted(self, call: Call) -> Sequence[Expected]:
         """What must come of a client's body, as a server reads it."""
