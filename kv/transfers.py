@@ -160,6 +160,8 @@ class Transfers:
         self._peers.clear()
         self._copies.pool_moved(regions)
         self._agents_due = 0.0
+        for request_id, source in self._sources.items():  # who waits to be read is still to be kept alive
+            self._peer(source).track(request_id, source, 0.0)
 
     def close(self) -> None:
         """Ends everything. Nobody touches the pool after this."""

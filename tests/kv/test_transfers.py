@@ -487,6 +487,17 @@ def test_a_pool_that_moves_fails_what_is_under_way_and_is_registered_anew() -> N
     assert np.array_equal(pair.d.pool.rows[22], pair.p.pool.rows[6])
 
 
+def test_a_pool_that_moves_goes_on_keeping_alive_what_is_to_be_read() -> None:
+    pair = Pair()
+    source = pair.p.lease("r", [5], 4)
+    pair.d.transfers.start([Track(connector=0, request_id="d1", source=source)], 0.0)
+    pair.run(6, 1.0)
+    pair.d.transfers.pool_moved([pair.d.pool.region])
+    pair.run(20, 1.0)
+    touched = [event for event in pair.p.events if isinstance(event, LeaseTouched)]
+    assert len(touched) >= 4 and all(event.request_ids == ("r",) for event in touched)
+
+
 def test_a_peer_whose_pool_moved_is_met_anew() -> None:
     pair = Pair()
     pair.load(pair.p.lease("r", [5], 4), [20])
