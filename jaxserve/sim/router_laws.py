@@ -233,9 +233,10 @@ class RouterLaws:
 
     def _nobody_left(self, trip: _Trip) -> None:
         """R1, before an answer has begun: each decode server that was well for so long that it must have been
-        known was asked, unless two others were. One that has failed alone, and is well, was asked again."""
+        known when the first one failed was asked, unless two others were: there is one retry. One that has
+        failed alone, and is well, was asked again."""
         calls, now = trip.attempt(), self._clock()
-        at = calls[-1].ended_at if calls else now
+        at = calls[0].ended_at if calls else now
         hosts = {call.exchange.host for call in calls}
         if len(hosts) >= CALLS:
             return
