@@ -5,24 +5,27 @@ from random import Random
 
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.engine import Node
-from jaxserve.sim.faults import draw_rates
+from jaxserve.sim.faults import draw_drill, draw_rates
 from jaxserve.sim.habits import Habits
 from jaxserve.sim.hash_model import END, HEAD_DIM, HEADS, ITEM, LAYERS, HashModel
 from jaxserve.sim.setup import Setup
 from kv.config import BOTH, CONSUMER, MULTI, NIXL, OFFLOADING, PRODUCER, SIMPLE_CPU, ConnectorConfig
 from scheduler.types import Limits, SchedulerConfig
 
-KINDS = ("plain", "plain", "crowded", "mesh", "mesh", "thrashing", "thrashing")
+KINDS = (*("plain",) * 2, *("crowded",) * 2, *("mesh",) * 3, *("thrashing",) * 3)
 """Of worlds: in crowded ones and in meshes requests wait with fetched pages, in thrashing ones they are
-preempted. The engines of a mesh lend and borrow at the same time."""
+preempted. Some engines of a mesh, and of most thrashing worlds, lend and borrow at the same time."""
 
 PACE = {"plain": 1.0, "crowded": 10.0, "mesh": 10.0, "thrashing": 4.0}
 """Where steps are slow, transfers end while others decode."""
 SHARES = (0.2, 0.4, 0.7)
 """Of all faults, those that a plain world has."""
-MILD = (0.1, 0.2, 0.3)
+MILD = (0.08, 0.15, 0.22)
 """Those that others have: under more, requests do not come as far as they are meant to there."""
 
+
+DRILLS = 0.6
+"""Of all worlds of a kind, those that have few faults, but often: so that each fault meets each state."""
 
 STRANGER = b"s" * 32
 """The key of a decode engine that was set up with another than its peers: it refuses their parameters."""
@@ -45,11 +48,11 @@ def draw(clockwork: Clockwork) -> Setup:
     kind = chance.choice(KINDS)
     max_model_len = 48 if kind == "thrashing" else chance.choice((48, 64, 96))
     tiny = kind == "thrashing" or chance.random() < {"plain": 0.4}.get(kind, 0.1)
-    one_name = chance.random() < 0.2
+    one_name = chance.random() < 0.3
     digest_host = chance.random() < 0.7
     prefill = tuple(f"p{number}" for number in range(chance.choice((1, 1, 2))))
     decode = tuple(f"d{number}" for number in range(chance.choice((1, 1, 2))))
-    if kind == "mesh":
+    if kind == "mesh" or (kind == "thrashing" and chance.random() < 0.6):
         both = ("m0", "m1")[: chance.choice((1, 1, 2))]
         prefill, decode = ("p0", *both), (*both, "d0")
     alone = ("a0",) if chance.random() < 0.2 else ()
@@ -60,7 +63,11 @@ def draw(clockwork: Clockwork) -> Setup:
         role = next((way for way in ways if way is not None and None in ways), BOTH)
         size = 2 * page_size if larger and name in decode else page_size
         fits = -(-max_model_len // size) * len(windows) + 2
-        num_pages = fits + chance.randint(0, 3) if tiny else fits + chance.randint(0, max(0, 63 - fits))
+        num_pages = (
+            fits + chance.randint(0, 1 if kind == "thrashing" else 3)
+            if tiny
+            else fits + chance.randint(0, max(0, 63 - fits))
+        )
         transfer, crowded = _transfer(chance, role, name in alone, num_pages, timing, digest_host, kind)
         full += [name] if crowded else []
         nodes.append(
@@ -103,7 +110,7 @@ def draw(clockwork: Clockwork) -> Setup:
         nodes=tuple(nodes),
         prefill=prefill,
         decode=decode,
-        rates=draw_rates(clockwork, chance.choice(SHARES if kind == "plain" else MILD), without=undigested),
+        rates=_rates(clockwork, kind, undigested),
         lasting=tuple(lasting),
         habits=_habits(chance, kind, max_model_len),
         pace=PACE[kind],
@@ -113,10 +120,17 @@ def draw(clockwork: Clockwork) -> Setup:
     )
 
 
+def _rates(clockwork: Clockwork, kind: str, without: tuple[str, ...]) -> dict[str, float]:
+    chance = clockwork.chance
+    if kind != "plain" and chance.random() < DRILLS:
+        return draw_drill(clockwork, without)
+    return draw_rates(clockwork, chance.choice(SHARES if kind == "plain" else MILD), without)
+
+
 def _seqs(chance: Random, kind: str, role: str) -> int:
     """Slots: one makes fetched requests wait, many of them use up a tiny pool."""
     if kind == "thrashing":
-        return chance.choice((4, 6))
+        return chance.choice((6, 8, 12))
     if kind in ("crowded", "mesh"):
         return chance.choice((4, 6)) if role == PRODUCER else chance.choice((1, 1, 2))
     return chance.choice((1, 2, 4, 6))

@@ -25,9 +25,9 @@ class Excuses:
         self._tokenizers[epoch] = SimTokenizer(lambda: self._failed(epoch))
         return self._tokenizers[epoch]
 
-    def break_tokenizer(self, engine: SimEngine) -> None:
-        """X42: its next call fails."""
-        self._tokenizers[engine.epoch].failing = 1
+    def break_tokenizer(self, engine: SimEngine, calls: int) -> None:
+        """X42: the last of its next calls fails."""
+        self._tokenizers[engine.epoch].failing = calls
 
     def calm(self) -> None:
         """No tokenizer fails any more."""

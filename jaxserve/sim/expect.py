@@ -43,7 +43,8 @@ class TokenizerFailed(Exception):
 
 
 class SimTokenizer(Tokenizer):
-    """A tokenizer that can be made to fail. Attributes: failing: so many of the next calls raise."""
+    """A tokenizer that can be made to fail. Attributes: failing: the call that raises, counted from the next
+    one as 1; 0: none."""
 
     def __init__(self, failed: Callable[[], None] = lambda: None) -> None:
         """Args: failed: called when it does."""
@@ -55,8 +56,9 @@ class SimTokenizer(Tokenizer):
         """See `Tokenizer`."""
         if self.failing:
             self.failing -= 1
-            self._failed()
-            raise TokenizerFailed
+            if not self.failing:
+                self._failed()
+                raise TokenizerFailed
         return super().token_bytes(token_id)
 
 

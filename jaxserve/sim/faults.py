@@ -38,19 +38,21 @@ STRIKES = {
         name="an engine comes back with another version of the model", low=0.001, high=0.006, boost=3.0
     ),
     "X11": Kind(name="one direction between two hosts is cut for a while", low=0.001, high=0.01),
-    "X12": Kind(name="a host's answers are lost for a while", low=0.001, high=0.008),
-    "X19": Kind(name="transfers given up write late", low=0.02, high=0.2, boost=16.0, weight=2.0),
-    "X27": Kind(name="a bit flips in host memory", low=0.01, high=0.1, boost=8.0, weight=2.0),
-    "X33": Kind(name="a client goes away", low=0.003, high=0.03, boost=4.0, weight=1.5),
-    "X35": Kind(name="a request id is used twice", low=0.01, high=0.1, boost=4.0),
-    "X36": Kind(name="a request is aborted twice", low=0.003, high=0.03, boost=4.0, weight=1.5),
-    "X37": Kind(name="a client repeats its request at once, many times", low=0.003, high=0.015),
-    "X38": Kind(name="an engine's clock jumps by an hour", low=0.0006, high=0.004),
+    "X12": Kind(name="a host's answers are lost for a while", low=0.001, high=0.008, weight=2.0),
+    "X19": Kind(name="transfers given up write late", low=0.02, high=0.2, boost=16.0, weight=3.5),
+    "X27": Kind(name="a bit flips in host memory", low=0.01, high=0.1, boost=16.0, weight=2.5),
+    "X33": Kind(name="a client goes away", low=0.002, high=0.015, boost=40.0, weight=3.0),
+    "X35": Kind(name="a request id is used twice", low=0.01, high=0.1, boost=8.0, weight=2.0),
+    "X36": Kind(name="a request is aborted twice", low=0.002, high=0.015, boost=40.0, weight=3.0),
+    "X37": Kind(name="a client repeats its request at once, many times", low=0.003, high=0.015, weight=1.5),
+    "X38": Kind(name="an engine's clock jumps by an hour", low=0.0006, high=0.004, boost=16.0, weight=2.5),
     "X41": Kind(name="an engine is asked to end", low=0.0015, high=0.01, boost=3.0),
-    "X42": Kind(name="an engine's tokenizer fails", low=0.003, high=0.03, boost=4.0, weight=2.0),
-    "X43": Kind(name="an engine's loop stalls for five seconds", low=0.002, high=0.012),
-    "X45": Kind(name="an engine can open no file for a while", low=0.001, high=0.008),
-    "X46": Kind(name="the prefix cache is emptied", low=0.002, high=0.02),
+    "X42": Kind(name="an engine's tokenizer fails", low=0.003, high=0.015, boost=30.0, weight=3.5),
+    "X43": Kind(
+        name="an engine's loop stalls for five seconds", low=0.002, high=0.012, boost=16.0, weight=2.5
+    ),
+    "X45": Kind(name="an engine can open no file for a while", low=0.001, high=0.008, boost=16.0, weight=2.5),
+    "X46": Kind(name="the prefix cache is emptied", low=0.002, high=0.02, weight=2.0),
 }
 """Whole engines, hosts and clients; a probability per event."""
 
@@ -59,22 +61,32 @@ CHANCES = {
     "X8": Kind(name="a message is 100 times slower", low=0.01, high=0.2),
     "X9": Kind(name="messages overtake each other", low=0.05, high=0.5),
     "X10": Kind(name="a message arrives twice", low=0.01, high=0.3),
-    "X13": Kind(name="a handshake is cut short, or (more rarely) another message", low=0.1, high=0.6),
-    "X14": Kind(name="a transfer cannot be posted", low=0.1, high=0.6, boost=16.0, weight=3.0),
-    "X15": Kind(name="a transfer never ends", low=0.04, high=0.4),
-    "X16": Kind(name="a transfer fails after it has written a part", low=0.05, high=0.5),
-    "X17": Kind(name="a transfer is done, with a bit flipped", low=0.05, high=0.5, boost=16.0, weight=1.5),
-    "X18": Kind(name="a transfer is done, and has written nothing", low=0.05, high=0.5, boost=16.0, weight=2),
-    "X21": Kind(name="transfers end in another order", low=0.2, high=0.8),
-    "X22": Kind(name="a confirmation or a release is lost, or comes twice", low=0.02, high=0.4),
-    "X25": Kind(name="a copy to or from host memory fails", low=0.05, high=0.5),
-    "X26": Kind(name="a step finds no memory", low=0.004, high=0.03, boost=8.0),
-    "X28": Kind(name="a step raises", low=0.004, high=0.03, boost=8.0),
+    "X13": Kind(
+        name="a handshake is cut short, or (more rarely) another message", low=0.05, high=0.3, boost=8.0
+    ),
+    "X14": Kind(name="a transfer cannot be posted", low=0.03, high=0.2, boost=8.0, weight=3.5),
+    "X15": Kind(name="a transfer never ends", low=0.02, high=0.15, boost=8.0, weight=3.5),
+    "X16": Kind(
+        name="a transfer fails after it has written a part", low=0.03, high=0.2, boost=6.0, weight=3.5
+    ),
+    "X17": Kind(name="a transfer is done, with a bit flipped", low=0.03, high=0.2, boost=6.0, weight=3.5),
+    "X18": Kind(
+        name="a transfer is done, and has written nothing", low=0.05, high=0.5, boost=16.0, weight=2.5
+    ),
+    "X21": Kind(name="transfers end in another order", low=0.2, high=0.8, boost=16.0, weight=2.5),
+    "X22": Kind(name="a confirmation or a release is lost, or comes twice", low=0.02, high=0.4, weight=2.0),
+    "X25": Kind(name="a copy to or from host memory fails", low=0.05, high=0.5, boost=16.0, weight=2.5),
+    "X26": Kind(name="a step finds no memory", low=0.004, high=0.03, weight=2.5, boost=24.0),
+    "X28": Kind(name="a step raises", low=0.004, high=0.03, weight=2.0, boost=24.0),
     "X29": Kind(name="a step takes 100 times longer", low=0.01, high=0.08),
-    "X30": Kind(name="a step's logits are no numbers", low=0.004, high=0.04, boost=8.0),
-    "X31": Kind(name="a step takes a minute, to compile", low=0.006, high=0.04, weight=2.0),
+    "X30": Kind(name="a step's logits are no numbers", low=0.004, high=0.04, boost=24.0),
+    "X31": Kind(name="a step takes a minute, to compile", low=0.006, high=0.04, boost=20.0, weight=2.5),
     "X32": Kind(
-        name="a step fails and the donated pool is lost, or it moves", low=0.004, high=0.03, boost=8.0
+        name="a step fails and the donated pool is lost, or it moves",
+        low=0.004,
+        high=0.03,
+        boost=16.0,
+        weight=2.5,
     ),
     "X40": Kind(name="a timer fires late", low=0.01, high=0.2),
 }
@@ -92,6 +104,10 @@ LASTING = {
 NAMES = {**{key: kind.name for key, kind in (*STRIKES.items(), *CHANCES.items())}, **LASTING}
 
 
+DRILLED = 3
+"""Faults of a world that is a drill."""
+
+
 def draw_rates(clockwork: Clockwork, share: float, without: Iterable[str] = ()) -> dict[str, float]:
     """A rate for each fault that a world has: about `share` of all, so that worlds differ in kind."""
     chance = clockwork.chance
@@ -102,3 +118,10 @@ def draw_rates(clockwork: Clockwork, share: float, without: Iterable[str] = ()) 
         if drawn and fault not in without:
             rates[fault] = rate
     return rates
+
+
+def draw_drill(clockwork: Clockwork, without: Iterable[str] = ()) -> dict[str, float]:
+    """Few faults, and as often as they ever are: requests come far between them."""
+    kinds = {name: kind for name, kind in {**STRIKES, **CHANCES}.items() if name not in without}
+    drilled = set(clockwork.chance.sample(sorted(kinds), DRILLED))
+    return {name: kind.high for name, kind in kinds.items() if name in drilled}

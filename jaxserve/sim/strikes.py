@@ -210,7 +210,8 @@ class Strikes:
         """X42."""
         engine = self._some_engine()
         if engine is not None:
-            self._cluster.excuses.break_tokenizer(engine)
+            calls = self._clockwork.chance.randint(1, 16)  # a new text takes up to four, a token one
+            self._cluster.excuses.break_tokenizer(engine, calls)
 
     def forget(self) -> None:
         """X46."""
