@@ -144,7 +144,7 @@ class Storm(Weather, Links):
         a server is never so late that the heartbeats which it sends come too late for a lease."""
         leaf = engine.node.nixl
         most = 2.0 if leaf is None else min(2.0, leaf.lease_s / 6)
-        return min(0.005 * 1.5**idle, most) * (0.5 + self._clockwork.chance.random())
+        return min(0.005 * 1.5 ** min(idle, 40), most) * (0.5 + self._clockwork.chance.random())
 
     def copy_seconds(self, engine: SimEngine) -> float:
         """See `Weather`."""
