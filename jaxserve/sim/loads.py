@@ -129,7 +129,7 @@ class _Lent:
     lease_s: float
     over: str = ""
     met_at: float = inf
-    """When the first engine that is to read it has begun to send heartbeats."""
+    """When the first engine that is to read it has begun to send heartbeats; not one that has let it go."""
     given_back: set[tuple[str, str]] = field(default_factory=set)
     """(epoch, request) of readers that have let it go."""
 
@@ -214,6 +214,9 @@ class Loads:
                     )
                     if lent is not None and not loading:
                         lent.given_back.add((epoch, command.request_id))
+                        whose = (source.epoch, source.request_id)
+                        if all(whose != (each.epoch, each.request_id) for each in self._sources.values()):
+                            lent.met_at = inf
                     if _circle(engine):
                         self._remote.pop((epoch, command.request_id), None)
                 case _:
