@@ -1,18 +1,21 @@
 """A load that fails needs a fault of its own, whatever becomes of its request afterwards."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.draw import draw
+from jaxserve.sim.history import History
+from jaxserve.sim.loads import Loads
 from jaxserve.sim.setup import Setup
 from jaxserve.sim.world import Failed, World
 from kv.config import ConnectorConfig
 from kv.connectors.nixl import NixlConnector
 from kv.host import HostDriver
-from kv.moves import Loaded
+from kv.moves import Lease, Loaded, RemoteSource, Track, Unlease, Untrack
 from kv.transfer_fetch import Fetch
 from kv.transfer_peer import Peer
 from kv.transfers import Transfers
@@ -149,3 +152,32 @@ def test_a_lease_given_back_while_it_is_read_is_found(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Peer, "load", load)
     assert any(_found(said) for said in broken(SEEDS, _found))
+
+
+@pytest.mark.parametrize("let_go", [True, False])
+def test_a_lease_may_end_before_a_second_reader_comes_if_the_first_has_let_it_go(let_go: bool):
+    """A lender that is slow (a step of a minute) does not hear of it, and somebody asks once more."""
+    names: dict[str, Any] = {"connector": 0, "request_id": "lent"}
+    source = RemoteSource(
+        engine_id="p", epoch="p", host="p", port=1, request_id="lent", pages=(), generations=(),
+        num_tokens=9, page_size=4,
+    )  # fmt: skip
+    loads = Loads(History(), {}, set())
+    ledger = SimpleNamespace(num_leases=0)
+
+    def happens(host: str, now: float, command: Any) -> Any:
+        node = SimpleNamespace(nixl=SimpleNamespace(lease_s=1.0))
+        core = SimpleNamespace(state=SimpleNamespace(ledger=ledger))
+        engine: Any = SimpleNamespace(epoch=host, host=host, failed=False, node=node, core=core)
+        plan: Any = SimpleNamespace(finished=(), moves=SimpleNamespace(commands=(command,)))
+        inputs: Any = SimpleNamespace(events=(), pool_moved=False)
+        loads._follow(engine, inputs, plan, now)
+        return engine
+
+    happens("p", 0.0, Lease(**names, move_id=1, num_tokens=9, pages=(), generations=()))
+    happens("d0", 0.1, Track(connector=0, request_id="first", source=source))
+    if let_go:
+        happens("d0", 0.5, Untrack(connector=0, request_id="first"))
+    happens("p", 60.0, Unlease(**names))
+    reader = happens("d1", 60.1, Track(connector=0, request_id="second", source=source))
+    assert loads._lease_is_over(reader, source) == let_go
