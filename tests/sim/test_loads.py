@@ -170,7 +170,7 @@ def test_a_lease_may_end_before_a_second_reader_comes_if_the_first_has_let_it_go
         core = SimpleNamespace(state=SimpleNamespace(ledger=ledger))
         engine: Any = SimpleNamespace(epoch=host, host=host, failed=False, node=node, core=core)
         plan: Any = SimpleNamespace(finished=(), moves=SimpleNamespace(commands=(command,)))
-        inputs: Any = SimpleNamespace(events=(), pool_moved=False)
+        inputs: Any = SimpleNamespace(events=(), pool_moved=False, outcome=None)
         loads._follow(engine, inputs, plan, now)
         return engine
 
