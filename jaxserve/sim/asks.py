@@ -13,7 +13,7 @@ from jaxserve.api.replies import ChunkWriter, check_finish, full_reply, merge
 from jaxserve.outputs import Delta
 from jaxserve.server.answers import LAST_EVENT, event
 from jaxserve.sim.engine import SimEngine
-from jaxserve.sim.expect import Expected, text_of
+from jaxserve.sim.expect import Expected, Wish, text_of
 from jaxserve.sim.laws import Broken
 from jaxserve.sim.server import Reply, error_reply
 from scheduler.types import FinishReason, Request
@@ -29,6 +29,8 @@ class Ask:
     """One request to one engine.
 
     Attributes:
+        wish: what is wanted.
+        request: what the engine got.
         right: what must come, per sequence.
         hear: of its client.
         stream: the client hears of the answer bit by bit.
@@ -45,6 +47,7 @@ class Ask:
     """
 
     engine: SimEngine
+    wish: Wish
     request: Request
     right: list[Expected]
     hear: Hear
@@ -67,12 +70,12 @@ class Ask:
     @property
     def over(self) -> bool:
         """Nobody waits for it any more."""
-        return self.lost or len(self.ended) == self.request.sampling.n
+        return self.lost or len(self.ended) == self.wish.sampling.n
 
     @property
     def whole(self) -> bool:
         """Every sequence has ended as it must."""
-        return len(self.ended) == self.request.sampling.n and self.failure is None
+        return len(self.ended) == self.wish.sampling.n and self.failure is None
 
     def take(self, delta: Delta, excused: Callable[["Ask", str], bool]) -> None:
         """A delta.
@@ -84,6 +87,8 @@ class Ask:
             Broken: it is not what must come.
         """
         where, index = f"{self.engine.host}: request {delta.request_id}/{delta.index}", delta.index
+        if not 0 <= index < len(self.right):
+            raise Broken("I12", f"{where} is a sequence that nobody has asked for")
         right = self.right[index]
         if index in self.ended:
             raise Broken("I12", f"{where} goes on after its end")
@@ -104,8 +109,8 @@ class Ask:
             self.told_prefill = True
             stats = delta.prefill
             parts = (stats.local_compute, stats.local_cache_hit, stats.external_kv_transfer)
-            if sum(parts) != len(self.request.prompt_token_ids) or min(parts) < 0:
-                raise Broken("I11", f"{where}: {parts} are not {len(self.request.prompt_token_ids)} tokens")
+            if sum(parts) != len(self.wish.prompt_token_ids) or min(parts) < 0:
+                raise Broken("I11", f"{where}: {parts} are not {len(self.wish.prompt_token_ids)} tokens")
         if delta.kv_transfer_params is not None:
             self.params = delta.kv_transfer_params
         if self.envelope is not None:

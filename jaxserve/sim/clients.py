@@ -2,10 +2,11 @@
 
 A client either asks one engine, or goes through a router: a prefill engine computes the prompt and leases its
 pages, then a decode engine reads them, and other engines are asked where these fail. Every answer of every
-engine is compared with the one that was worked out without an engine.
+engine is compared with the one that was worked out without an engine, from what was asked. What a server
+makes of it is never the measure, neither of answers nor of the names that pages may have.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,13 @@ from jaxserve.api.choices import Envelope
 from jaxserve.api.errors import ApiError
 from jaxserve.api.replies import ChunkWriter
 from jaxserve.outputs import Delta, EngineError, RequestRefused
-from jaxserve.router.calls import Call, read_call
+from jaxserve.router.calls import read_call
 from jaxserve.router.route import BreakOff, Finish, GiveUp
 from jaxserve.sim.answers import check_answer
 from jaxserve.sim.asks import Ask, Hear
 from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.engine import SimEngine
-from jaxserve.sim.expect import Expected, SimTokenizer, expected
+from jaxserve.sim.expect import Expected, SimTokenizer, Wish, expected
 from jaxserve.sim.habits import Habits, draw_router
 from jaxserve.sim.hash_model import END, HashModel
 from jaxserve.sim.http import TRAVEL_S, Links, SimHttp
@@ -27,7 +28,7 @@ from jaxserve.sim.laws import Broken, Names
 from jaxserve.sim.networks import Direct, Wired
 from jaxserve.sim.router import SimRouter, Told
 from jaxserve.sim.router_laws import RouterLaws
-from jaxserve.sim.server import Reply, SimServer, body_of, refusal
+from jaxserve.sim.server import Reply, SimServer, body_of, refusal, wish_of
 from kv.moves import LOAD_FAILED
 from scheduler.types import FinishReason, Inputs, Plan, Request, SamplingParams
 
@@ -158,7 +159,16 @@ class Clients:
         chance = self._clockwork.chance
         if self.router is not None and chance.random() < self._habits.split:
             self.counts["split"] += 1
-            body = body_of(prompt, sampling, salt, priority, stream=chance.random() < 0.5)
+            seed = sampling.seed or 0
+            body = body_of(
+                prompt,
+                sampling,
+                salt,
+                priority,
+                stream=chance.random() < 0.5,
+                usage=seed % 2 == 0,
+                usage_often=seed % 4 == 0,
+            )
             self.ask_router(body, lambda told: self._answered(client, told))
         else:
             engines = self._engines("any")
@@ -175,31 +185,25 @@ class Clients:
         """A request through the router. `then` is told once what its client gets."""
         if self.router is None or self.network is None:
             raise RuntimeError("there is no router")
-        laws, call = self.network.laws, read_call(body)
+        laws, wish = self.network.laws, wish_of(body)
         self._number += 1
-        number, stream = self._number, bool(call.body["stream"])
+        number = self._number
 
         def told(what: Told) -> None:
             laws.ended(number, what)
             self._count(what)
             if isinstance(what.end, Finish) and what.reply is not None and what.reply.status == 200:
-                check_answer(what.reply, self._wanted(call), stream=stream)
+                check_answer(what.reply, wish, self._right(next(iter(self._lives.values())), wish), law="R4")
             then(what)
 
         laws.begins(number, body)
-        self.router.send(call, told, number=number, stream=stream)
+        self.router.send(read_call(body), told, number=number, stream=wish.stream)
 
     def _count(self, told: Told) -> None:
         self.counts["not served"] += isinstance(told.end, GiveUp)
         self.counts["broken off"] += isinstance(told.end, BreakOff)
         if self.router is not None:
             self.counts["parameters refused"] = self.router.tally.stats.fallbacks.get("params_refused")
-
-    def _wanted(self, call: Call) -> Sequence[Expected]:
-        """What must come of a client's body, as a server reads it."""
-        engine = next(iter(self._lives.values()))
-        (request,) = SimServer(engine, self._tokenizer).read_only(call.raw).requests
-        return self._right(engine, request)
 
     def split(
         self,
@@ -234,6 +238,7 @@ class Clients:
         """One request to one engine, without a server before it. `then` is called once."""
         self._number += 1
         clockwork = self._clockwork
+        wish = Wish(prompt_token_ids=prompt, sampling=sampling, salt=salt, priority=priority)
         request = Request(
             request_id=request_id or f"{engine.host}-{engine.epoch[:4]}-{self._number}",
             prompt_token_ids=prompt,
@@ -243,7 +248,7 @@ class Clients:
             priority=priority,
         )
         try:
-            self._submit(engine, request, lambda reply: then(None, reply is not None and reply.right))
+            self._submit(engine, wish, request, lambda reply: then(None, reply is not None and reply.right))
         except (EngineError, RequestRefused):
             self.counts["refused"] += 1
             delay = clockwork.chance.expovariate(1.0 / REFUSALS_S)
@@ -252,6 +257,7 @@ class Clients:
     def _submit(
         self,
         engine: SimEngine,
+        wish: Wish,
         request: Request,
         hear: Hear,
         *,
@@ -261,9 +267,9 @@ class Clients:
         """Raises: EngineError, RequestRefused: the engine does not take it."""
         if not engine.alive:
             raise EngineError("nobody listens")
-        right = self._right(engine, request)
+        right = self._right(engine, wish)
         writer = ChunkWriter(envelope, self._tokenizer) if stream and envelope is not None else None
-        ask = Ask(engine, request, right, hear, stream, envelope, writer)
+        ask = Ask(engine, wish, request, right, hear, stream, envelope, writer)
         engine.submit(request, lambda delta: self._sink(ask, delta))
         if request.request_id not in self.asks:
             self._learn(engine, ask)
@@ -303,12 +309,14 @@ class Clients:
             clockwork.after(TRAVEL_S, f"{host} does not listen", lambda: hear(None))
             return None
         try:
-            prepared = self._server(engine).read(body)
+            wish, prepared = wish_of(body), self._server(engine).read(body)
             (request,) = prepared.requests
+            if request.priority != wish.priority:  # all else shows in pages and answers
+                raise Broken("I22", f"{host}: priority {wish.priority} was asked for, not {request.priority}")
             if request_id is not None:
                 request = replace(request, request_id=request_id)
             envelope = prepared.envelope if read or request.lease else None
-            return self._submit(engine, request, hear, stream=stream, envelope=envelope)
+            return self._submit(engine, wish, request, hear, stream=stream, envelope=envelope)
         except (ApiError, EngineError, RequestRefused) as failure:
             self.counts["refused"] += 1
             reply = refusal(failure)
@@ -363,26 +371,26 @@ class Clients:
             return
         self.struck |= {(entry.request_id, entry.message or "") for entry in errors}
 
-    def _right(self, engine: SimEngine, request: Request) -> list[Expected]:
+    def _right(self, engine: SimEngine, wish: Wish) -> list[Expected]:
         return [
             expected(
                 self._model,
-                request,
+                wish,
                 index,
                 max_model_len=engine.node.scheduler.max_model_len,
                 tokenizer=self._tokenizer,
             )
-            for index in range(request.sampling.n)
+            for index in range(wish.sampling.n)
         ]
 
     def _learn(self, engine: SimEngine, ask: Ask) -> None:
-        config, request = engine.node.scheduler, ask.request
+        config, wish = engine.node.scheduler, ask.wish
         for right in ask.right:
             self._names.learn(
-                (*request.prompt_token_ids, *right.tokens),
+                (*wish.prompt_token_ids, *right.tokens),
                 cache_key=config.cache_key,
-                salt=request.cache_salt,
-                private="" if config.enable_prefix_caching else request.request_id,
+                salt=wish.salt,
+                private="" if config.enable_prefix_caching else ask.request.request_id,
                 page_size=config.page_size,
             )
 
@@ -413,6 +421,8 @@ class Clients:
         self.counts["right" if ask.whole else "aborted" if gone else "failed"] += 1
         if not ask.deaf:
             reply = ask.reply(self._tokenizer)
+            if reply.status == 200 and reply.body:
+                check_answer(reply, ask.wish, ask.right, law="I24")
             self._clockwork.after(TRAVEL_S, f"{host} answers {reply.status}", lambda: ask.hear(reply))
 
     def _excused(self, ask: Ask, message: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a request must bring, worked out without an engine: its tokens, its text, and why it ends."""
+"""What a client wants, and what that must bring: tokens, text, and why it ends, without an engine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tokenizers import decoders, models
 from jaxserve.sim.hash_model import END, VOCAB, HashModel
 from jaxserve.text import Tokenizer
 from jaxserve.text.vocab import Vocab
-from scheduler.types import FinishReason, Request
+from scheduler.types import FinishReason, Request, SamplingParams
 
 _EURO = "âĤ¬"
 """The three bytes of one character, in the alphabet of byte-level vocabularies."""
@@ -63,6 +63,26 @@ class SimTokenizer(Tokenizer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a client wants, as it drew it: no code of a server has read it.
+
+    Attributes:
+        salt: of its tenant; empty: it has none.
+        stream: it wants the answer bit by bit.
+        usage: and at its end what was used; an answer that is not streamed says it in any case.
+        usage_often: and in every bit.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    salt: str = ""
+    priority: int = 0
+    stream: bool = False
+    usage: bool = False
+    usage_often: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
     """One sequence's output. Attributes: stop_reason: as in `Delta`."""
 
@@ -73,11 +93,11 @@ class Expected:
 
 
 def expected(
-    model: HashModel, request: Request, index: int, *, max_model_len: int, tokenizer: Tokenizer
+    model: HashModel, wish: Wish | Request, index: int, *, max_model_len: int, tokenizer: Tokenizer
 ) -> Expected:
     """The output of one sequence of a request served alone."""
-    sampling, prompt = request.sampling, request.prompt_token_ids
-    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(request.eos_token_ids))
+    sampling, prompt = wish.sampling, wish.prompt_token_ids
+    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {END})
     most = max_model_len if sampling.max_tokens is None else len(prompt) + sampling.max_tokens
     tokens, seed = list(prompt), (sampling.seed or 0) + index
     while True:

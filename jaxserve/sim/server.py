@@ -19,6 +19,7 @@ from jaxserve.server.options import ServerOptions
 from jaxserve.server.prepare import Prepared, Preparer
 from jaxserve.server.status import Status
 from jaxserve.sim.engine import SimEngine
+from jaxserve.sim.expect import Wish
 from jaxserve.sim.hash_model import END, VOCAB
 from jaxserve.text import Tokenizer
 from scheduler.types import SamplingParams
@@ -104,14 +105,6 @@ class SimServer:
         self.engine.core.inbox.check_room()
         return self._preparer.completion(body)
 
-    def read_only(self, body: bytes) -> Prepared:
-        """What a body asks for, whether or not there is room for it.
-
-        Raises:
-            ApiError: it is none.
-        """
-        return self._preparer.completion(body)
-
     def health(self) -> int:
         """The status of an answer to /health."""
         try:
@@ -133,9 +126,17 @@ def error_reply(error: ApiError) -> Reply:
 
 
 def body_of(
-    prompt: tuple[int, ...], sampling: SamplingParams, salt: str, priority: int, *, stream: bool = False
+    prompt: tuple[int, ...],
+    sampling: SamplingParams,
+    salt: str,
+    priority: int,
+    *,
+    stream: bool = False,
+    usage: bool = False,
+    usage_often: bool = False,
 ) -> bytes:
-    """What a client sends to /v1/completions."""
+    """What a client sends to /v1/completions. Args: stream, usage, usage_often: see `Wish`."""
+    options = {"include_usage": usage, "continuous_usage_stats": usage_often}
     body: dict[str, object] = {
         "model": MODEL,
         "prompt": list(prompt),
@@ -150,5 +151,31 @@ def body_of(
         "priority": priority,
         "stream": stream,
         **({"cache_salt": salt} if salt else {}),
+        **({"stream_options": options} if stream and usage else {}),
     }
     return json.dumps(body).encode()
+
+
+def wish_of(body: bytes) -> Wish:
+    """What was written by `body_of`, and perhaps changed by a router. It is read here and not by the server's
+    code, which is judged by it."""
+    said: dict[str, Any] = json.loads(body)
+    options = said.get("stream_options") or {}
+    return Wish(
+        prompt_token_ids=tuple(said["prompt"]),
+        sampling=SamplingParams(
+            n=said["n"],
+            max_tokens=said["max_tokens"],
+            min_tokens=said.get("min_tokens", 0),
+            temperature=said["temperature"],
+            seed=said["seed"],
+            ignore_eos=said["ignore_eos"],
+            stop=tuple(said["stop"]),
+            stop_token_ids=tuple(said["stop_token_ids"]),
+        ),
+        salt=said.get("cache_salt", ""),
+        priority=said["priority"],
+        stream=said["stream"],
+        usage=options.get("include_usage", False),
+        usage_often=options.get("continuous_usage_stats", False),
+    )
