@@ -9,7 +9,6 @@ over is looked up in what the lender decided.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 
 from jaxserve.sim.broken import Broken
 from jaxserve.sim.engine import SimEngine
@@ -35,6 +34,12 @@ BEFORE_S = CALL_S + LATE_S
 
 DEATHS = ("X1", "X5", "X41")
 """What ends a life."""
+
+STOPPED_S = 600.0
+"""No process is stopped for longer."""
+
+RELEASE_S = 0.5
+"""A lease that is given back has ended so much later, unless a fault has struck meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +133,10 @@ class _Lent:
     at: float
     lease_s: float
     over: str = ""
-    met_at: float = inf
-    """When the first engine that is to read it has begun to send heartbeats; not one that has let it go."""
-    given_back: set[tuple[str, str]] = field(default_factory=set)
-    """(epoch, request) of readers that have let it go."""
+    readers: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """Host and begin of those lives that send heartbeats for it, until one lets it go or it is over."""
+    given_back: list[tuple[str, float]] = field(default_factory=list)
+    """(host, when) of readers that have let it go."""
 
 
 class Loads:
@@ -198,11 +203,13 @@ class Loads:
                 case Unlease():
                     lent = self._lent[epoch, command.request_id]
                     lent.over = "read" if command.request_id in read else "lost" if lost else "expired"
+                    if lent.over == "expired":
+                        self._expires(engine, command.request_id, lent, now)
                 case Track():
                     source = self._sources[epoch, command.request_id] = command.source
                     lent = self._lent.get((source.epoch, source.request_id))
-                    if lent is not None:
-                        lent.met_at = min(lent.met_at, now)
+                    if lent is not None and not lent.over:
+                        lent.readers.setdefault(epoch, (engine.host, now))
                 case Untrack():
                     source = self._sources.pop((epoch, command.request_id))
                     lent = self._lent.get((source.epoch, source.request_id))
@@ -213,10 +220,11 @@ class Loads:
                         for key, begun in self._begun.items()
                     )
                     if lent is not None and not loading:
-                        lent.given_back.add((epoch, command.request_id))
-                        whose = (source.epoch, source.request_id)
-                        if all(whose != (each.epoch, each.request_id) for each in self._sources.values()):
-                            lent.met_at = inf
+                        lent.given_back.append((engine.host, now))
+                        whose = (epoch, source.epoch, source.request_id)
+                        left = ((key[0], each.epoch, each.request_id) for key, each in self._sources.items())
+                        if not lent.over and whose not in left:
+                            lent.readers.pop(epoch, None)
                     if _circle(engine):
                         self._remote.pop((epoch, command.request_id), None)
                 case _:
@@ -231,7 +239,7 @@ class Loads:
         if error.startswith(RESTARTED):
             return peer.epoch != source.epoch
         if error.startswith(COMPAT):
-            return peer.node.scheduler.cache_key != config.cache_key
+            return peer.node.scheduler.cache_key != config.cache_key or self._was_another(engine, begun)
         if error.startswith(SHORT):
             return source.page_size != config.page_size and any(config.windows)
         if error.startswith(STALE):
@@ -243,6 +251,31 @@ class Loads:
             for reason in REASONS
             if reason.says in error
         )
+
+    def _was_another(self, engine: SimEngine, begun: _Begun) -> bool:
+        """Whether the peer has begun a life of another version since it may have been asked: who is stopped
+        hears the answer of the life before."""
+        since = begun.at - BEFORE_S
+        if self._history.of_host(("X3",), engine.host, since):
+            since -= STOPPED_S
+        source = begun.load.source
+        return isinstance(source, RemoteSource) and self._history.of_host(("X5",), source.host, since)
+
+    def _expires(self, lender: SimEngine, name: str, lent: _Lent, now: float) -> None:
+        """A lease expires.
+
+        Raises:
+            Broken: it was given back before, and no fault explains that the lender does not know.
+        """
+        faults = ("X45", *_SLOW, *DEATHS)
+        for reader, at in lent.given_back:
+            if now - at > RELEASE_S and not (
+                self._history.of_pair((*_LOST, "X8", "X13", "X22"), reader, lender.host, at)
+                or self._history.of_host(faults, reader, at)
+                or self._history.of_host(faults, lender.host, at)
+            ):
+                late = f"{reader} has given it back {now - at:g} s before"
+                raise Broken("I2", f"{lender.host}: the lease of {name} has expired, and {late}")
 
     def _host_explained(self, engine: SimEngine, begun: _Begun, source: HostSource, error: str) -> bool:
         if error == NO_MEMORY:
@@ -265,13 +298,13 @@ class Loads:
         if lent.over == "read":
             return bool(lent.given_back)
         if lent.over == "expired":
-            if lent.met_at - lent.at > lent.lease_s / 2:
-                return True  # its reader came too late to keep it
-            lost = (*_LOST, "X13")
-            return (
-                self._history.of_pair(lost, engine.host, source.host, lent.at)
-                or self._history.of_host(("X45", *_SLOW), engine.host, lent.at - BEFORE_S)
+            return all(
+                begun - lent.at > lent.lease_s / 2  # it came too late to keep it
+                or self._history.of_pair((*_LOST, "X13"), host, source.host, lent.at)
+                or self._history.of_host(("X45", *_SLOW), host, lent.at - BEFORE_S)
+                or (epoch != engine.epoch and self._history.of_host(DEATHS, host, lent.at))
                 or self._history.of_host(("X38", *_SLOW), source.host, lent.at - BEFORE_S)
+                for epoch, (host, begun) in lent.readers.items()
             )
         return lent.over == "lost"
 

@@ -154,15 +154,25 @@ def test_a_lease_given_back_while_it_is_read_is_found(monkeypatch: pytest.Monkey
     assert any(_found(said) for said in broken(SEEDS, _found))
 
 
+def test_a_reader_that_never_says_that_it_has_read_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Peer, "untrack", lambda self, request_id, source: self.tracked.pop(request_id, None))
+    assert any(
+        "has given it back" in said for said in broken(SEEDS, lambda said: "given it back" in said, X9=0.01)
+    )
+
+
 @pytest.mark.parametrize("let_go", [True, False])
 def test_a_lease_may_end_before_a_second_reader_comes_if_the_first_has_let_it_go(let_go: bool):
-    """A lender that is slow (a step of a minute) does not hear of it, and somebody asks once more."""
+    """What it said of that is lost, and somebody asks once more."""
     names: dict[str, Any] = {"connector": 0, "request_id": "lent"}
     source = RemoteSource(
         engine_id="p", epoch="p", host="p", port=1, request_id="lent", pages=(), generations=(),
         num_tokens=9, page_size=4,
     )  # fmt: skip
-    loads = Loads(History(), {}, set())
+    history = History()
+    if let_go:
+        history.strike("X7", ("d0", "p"), 0.5)
+    loads = Loads(history, {}, set())
     ledger = SimpleNamespace(num_leases=0)
 
     def happens(host: str, now: float, command: Any) -> Any:
