@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxserve.sim.broken import Broken
+from jaxserve.sim.counters import Counters
 from jaxserve.sim.device import SimDevice
 from jaxserve.sim.endings import Endings
 from jaxserve.sim.engine import SimEngine
@@ -73,7 +74,7 @@ class Laws:
         self._nixl = nixl
         self._accepted: Counter[str] = Counter()
         self._promises: dict[str, _Promised] = {}
-        self._counters: dict[str, tuple[float, ...]] = {}
+        self._counters = Counters()
 
     def look(self, engines: Iterable[SimEngine]) -> None:
         """Everything about all engines of which something has happened since the last look.
@@ -163,6 +164,7 @@ class Laws:
         self._accepted[engine.epoch] += len(plan.accepted.tokens)
         self.order.step(engine, inputs, plan)
         self.endings.step(engine, inputs)
+        self._counters.step(engine, inputs, plan)
         if int(rows.lens.sum()) > node.limits.max_num_batched_tokens:
             raise Broken("I21", f"{engine.host}: a step computes more tokens than its budget")
         if len(rows) > node.limits.max_num_seqs or len(set(rows.slots.tolist())) != len(rows):
@@ -200,25 +202,17 @@ class Laws:
             raise Broken("I11", f"{engine.host}: requests sum to {sums}, counters say {counted}")
 
     def _gauges(self, engine: SimEngine) -> None:
-        """I19: gauges say what is, and counters only grow. I21: the queue is bounded."""
+        """I19: gauges say what is; and counters. I21: the queue is bounded."""
         core, host = engine.core, engine.host
         stats, moves = core.stats, core.move_stats
-        counters = (
-            float(stats.steps.computed_prompt_tokens),
-            float(stats.steps.generation_tokens),
-            float(stats.steps.num_preemptions),
-            float(stats.prompts.total),
-            float(moves.nixl.failed_reads if moves.nixl is not None else 0),
-        )
-        before = self._counters.get(engine.epoch, counters)
-        if any(now < then for now, then in zip(counters, before, strict=True)):
-            raise Broken("I19", f"{host}: a counter went down")
-        self._counters[engine.epoch] = counters
+        self._counters.look(engine)
         if engine.plan is not None:
             state, gauges = core.state, stats.gauges
             pool, shown = state.pages, moves.pages
-            told = (gauges.running, gauges.pages_used, gauges.waiting_capacity + gauges.waiting_deferred)
-            true = (len(state.running), pool.in_use, len(state.sequences) - len(state.running))
+            live = state.sequences.values()
+            deferred = sum(each.fetch is not None and bool(each.fetch.moves) for each in live)
+            told = (gauges.running, gauges.pages_used, gauges.waiting_capacity, gauges.waiting_deferred)
+            true = (len(state.running), pool.in_use, len(live) - len(state.running) - deferred, deferred)
             if told != true or gauges.pages_total != pool.usable:
                 raise Broken("I19", f"{host}: gauges say {gauges}, there are {true} of {pool.usable} pages")
             if (shown.free, shown.idle, shown.in_use) != (pool.free, pool.idle, pool.in_use):
