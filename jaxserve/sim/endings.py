@@ -7,6 +7,8 @@ from jaxserve.sim.broken import Broken
 from jaxserve.sim.engine import SimEngine
 from scheduler.types import Inputs
 
+TOLD_WITHIN_S = 5.0
+"""Requests that live when the time is over are told so within so long."""
 LATE_S = 0.01
 """By how much an engine that nothing has disturbed may close later than its bound, on its own clock."""
 
@@ -61,5 +63,6 @@ class Endings:
         if now < drain.until and (state.sequences or state.ledger.num_leases):
             left = f"{len(state.sequences)} sequences and {state.ledger.num_leases} leases"
             raise Broken("I25", f"{engine.host} closed {drain.until - now:g} s early, with {left}")
-        if now > drain.ends_by + LATE_S and not ending.disturbed:
-            raise Broken("I25", f"{engine.host} closed {now - drain.ends_by:g} s late")
+        late_s = now - drain.until - TOLD_WITHIN_S
+        if late_s > LATE_S and not ending.disturbed:
+            raise Broken("I25", f"{engine.host} closed {late_s:g} s late")

@@ -55,6 +55,12 @@ def test_a_drain_that_does_not_wait_or_waits_too_long_is_noticed(monkeypatch: py
     assert "I25" in _laws()
 
 
+def test_requests_that_are_told_too_late_are_noticed(monkeypatch: pytest.MonkeyPatch):
+    """While a step takes a minute nobody hears of his end: the engine closes all the same."""
+    monkeypatch.setattr("jaxserve.drain.TELL_S", 3600.0)
+    assert "I25" in _laws(X41=0.01, X31=0.02)
+
+
 def test_taking_requests_while_it_ends_is_noticed(monkeypatch: pytest.MonkeyPatch):
     """By clients that repeat what they have asked for, without a server that would refuse it before."""
     monkeypatch.setattr(Inbox, "shut", lambda self: None)
