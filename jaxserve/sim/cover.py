@@ -21,7 +21,12 @@ its prompt; generating; preempted and waiting; over, its pages leased to a peer.
 RARE = ("fetched", "preempted")
 """States that are seldom reached: faults look for them."""
 
+_LOOKED_UP = "its pages are in the pool: nothing of it is looked up in host memory"
+_NO_ROW = "it has no row in a step"
+
 IMPOSSIBLE = {
+    **{("X27", state): _LOOKED_UP for state in ("fetched", "prefilling", "decoding", "leased")},
+    **{("X30", state): _NO_ROW for state in ("waiting", "loading", "fetched", "preempted", "leased")},
     ("X42", "preempted"): "its text goes on where it was",
     ("X42", "leased"): "its text is complete",
 }
@@ -72,6 +77,14 @@ class Cover:
             self.history.strike(fault, (host,), self._clock())
             self.met.update((fault, found[-1]) for found in self._here(host) if found[1] == request_id)
 
+    def strike_sequences(self, fault: str, host: str, whom: Iterable[tuple[str, int]]) -> None:
+        """A fault strikes sequences of a host, now and no longer. Args: whom: (id, index) of each."""
+        struck = set(whom)
+        if struck:
+            self.history.strike(fault, (host,), self._clock())
+        pairs = [(fault, found[-1]) for found in self._here(host) if found[1:3] in struck]
+        self.met.update(pair for pair in pairs if pair not in IMPOSSIBLE)
+
     def strike_text(self, fault: str, request_id: str) -> None:
         """A fault strikes a request while a step is decided or told of, in the state that it had before."""
         for host, found in self._before.items():
@@ -83,6 +96,10 @@ class Cover:
     def states(self, host: str, request_id: str) -> set[str]:
         """Of a request's sequences, since the last step."""
         return {found[-1] for found in self._here(host) if found[1] == request_id}
+
+    def state(self, host: str, whom: tuple[str, int]) -> str | None:
+        """Of one sequence, (id, index), since the last step; None: it is not there."""
+        return next((found[-1] for found in self._here(host) if found[1:3] == whom), None)
 
     def begin(self, fault: str, hosts: Iterable[str]) -> Spell:
         """A fault strikes these hosts, and stays."""

@@ -25,12 +25,14 @@ class StepFate:
     Attributes:
         error: the step fails as a whole, and the pool's content with it.
         moves: the pool lies elsewhere after it; without an error, with its content.
-        not_finite: the first row that samples gives logits that are no numbers.
+        not_finite: a row that samples gives logits that are no numbers.
+        sampler: which of those that sample, counted from 0.
     """
 
     error: str | None = None
     moves: bool = False
     not_finite: bool = False
+    sampler: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +116,7 @@ class SimDevice:
         finite = np.ones(pending.rows, bool)
         samples = np.nonzero(step.plan.rows.samples)[0]
         if step.fate.not_finite and len(samples):
-            finite[samples[0]] = False
+            finite[samples[step.fate.sampler]] = False
         sampled = Sampled(
             tokens=step.tokens,
             logprobs=NO_LOGPROBS,

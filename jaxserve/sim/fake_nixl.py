@@ -22,7 +22,7 @@ import ctypes
 import json
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,6 +123,19 @@ class _Transfer:
             byte.value ^= 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LateWrite:
+    """What a transfer that was given up still writes. Attributes: reader, source: names of its agents."""
+
+    reader: str
+    source: str
+    transfer: _Transfer
+
+    def deliver(self) -> None:
+        """Writes it."""
+        self.transfer.complete()
+
+
 @dataclass(slots=True, eq=False)
 class _Met:
     """A life that an agent has learned of, with the memory that its metadata names."""
@@ -221,6 +234,30 @@ class FakeNixlNetwork:
         """Ends all transfers whose two agents live: writes what is outstanding, unless they are to fail.
         Returns how many there were."""
         return sum(self._late(transfer) for transfer in self._transfers)
+
+    def outlasting(self, handles: Iterable[XferHandle]) -> list[LateWrite]:
+        """Those of transfers given up that `LateWrite.deliver` would write.
+
+        Args:
+            handles: of those that nobody waits for any more; posts that failed are looked for here.
+        """
+        known = {id(handle.transfer) for handle in handles}
+        return [
+            LateWrite(
+                reader=self._lives[transfer.reader].name,
+                source=self._lives[transfer.source].name,
+                transfer=transfer,
+            )
+            for transfer in self._transfers
+            if (transfer.fault.post_fails or id(transfer) in known)
+            and not (transfer.ended or transfer.error)
+            and not (transfer.fault.errors or transfer.fault.writes_nothing)
+            and all(self._lives[end].state == "alive" for end in (transfer.reader, transfer.source))
+        ]
+
+    def has_written(self, fault: Fault) -> bool:
+        """Whether the transfer with this fault (this very one) has ended, and not with an error."""
+        return any(transfer.ended and transfer.fault is fault for transfer in self._transfers)
 
     def targets(self) -> set[int]:
         """Addresses that transfers under way may still write to, also those that nobody waits for."""

@@ -39,11 +39,11 @@ STRIKES = {
     ),
     "X11": Kind(name="one direction between two hosts is cut for a while", low=0.001, high=0.01),
     "X12": Kind(name="a host's answers are lost for a while", low=0.001, high=0.008, weight=2.0),
-    "X19": Kind(name="transfers given up write late", low=0.02, high=0.2, boost=16.0, weight=3.5),
+    "X19": Kind(name="transfers given up write late", low=0.01, high=0.05, boost=24.0, weight=4.5),
     "X27": Kind(name="a bit flips in host memory", low=0.01, high=0.1, boost=16.0, weight=2.5),
     "X33": Kind(name="a client goes away", low=0.002, high=0.015, boost=40.0, weight=3.0),
     "X35": Kind(name="a request id is used twice", low=0.01, high=0.1, boost=8.0, weight=2.0),
-    "X36": Kind(name="a request is aborted twice", low=0.002, high=0.015, boost=40.0, weight=3.0),
+    "X36": Kind(name="a request is aborted twice", low=0.002, high=0.015, boost=40.0, weight=4.5),
     "X37": Kind(name="a client repeats its request at once, many times", low=0.003, high=0.015, weight=1.5),
     "X38": Kind(name="an engine's clock jumps by an hour", low=0.0006, high=0.004, boost=16.0, weight=2.5),
     "X41": Kind(name="an engine is asked to end", low=0.0015, high=0.01, boost=3.0),
@@ -79,7 +79,7 @@ CHANCES = {
     "X26": Kind(name="a step finds no memory", low=0.004, high=0.03, weight=2.5, boost=24.0),
     "X28": Kind(name="a step raises", low=0.004, high=0.03, weight=2.0, boost=24.0),
     "X29": Kind(name="a step takes 100 times longer", low=0.01, high=0.08),
-    "X30": Kind(name="a step's logits are no numbers", low=0.004, high=0.04, boost=24.0),
+    "X30": Kind(name="a row's logits are no numbers", low=0.004, high=0.04, boost=24.0),
     "X31": Kind(name="a step takes a minute, to compile", low=0.006, high=0.04, boost=20.0, weight=2.5),
     "X32": Kind(
         name="a step fails and the donated pool is lost, or it moves",
@@ -107,6 +107,10 @@ NAMES = {**{key: kind.name for key, kind in (*STRIKES.items(), *CHANCES.items())
 DRILLED = 3
 """Faults of a world that is a drill."""
 
+NEEDS = {"X19": "X15", "X27": "X46"}
+"""Faults that meet few without another: no transfer is given up where none hangs, and little is loaded from
+host memory while the prefix cache has it too."""
+
 
 def draw_rates(clockwork: Clockwork, share: float, without: Iterable[str] = ()) -> dict[str, float]:
     """A rate for each fault that a world has: about `share` of all, so that worlds differ in kind."""
@@ -117,11 +121,17 @@ def draw_rates(clockwork: Clockwork, share: float, without: Iterable[str] = ()) 
         rate = kind.low * (kind.high / kind.low) ** chance.random()
         if drawn and fault not in without:
             rates[fault] = rate
-    return rates
+    needed = {name: kind for name, kind in {**STRIKES, **CHANCES}.items() if name in _needed(rates)}
+    return {name: (kind.low * kind.high) ** 0.5 for name, kind in needed.items()} | rates
 
 
 def draw_drill(clockwork: Clockwork, without: Iterable[str] = ()) -> dict[str, float]:
     """Few faults, and as often as they ever are: requests come far between them."""
     kinds = {name: kind for name, kind in {**STRIKES, **CHANCES}.items() if name not in without}
     drilled = set(clockwork.chance.sample(sorted(kinds), DRILLED))
+    drilled |= _needed(drilled)
     return {name: kind.high for name, kind in kinds.items() if name in drilled}
+
+
+def _needed(faults: Iterable[str]) -> set[str]:
+    return {NEEDS[fault] for fault in faults if fault in NEEDS}

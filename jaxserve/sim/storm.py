@@ -20,10 +20,13 @@ _VOUCHES = Confirm | Confirmed | Done | DoneAnswer
 
 @dataclass(slots=True, eq=False)
 class _Hit:
-    """A transfer of which a fault is known, or will be. Attributes: of: numbers of the faults."""
+    """A transfer of which a fault is known, or will be. Attributes: of: numbers of the faults; begun: its
+    number in the order of their posts."""
 
     fault: Fault
     of: set[str]
+    hosts: tuple[str, str]
+    begun: int
     spells: dict[str, Spell] = field(default_factory=dict)
 
 
@@ -56,6 +59,10 @@ class Storm(Weather, Links):
         self._host_of: dict[str, str] = {}
         self._transfers: dict[int, _Hit] = {}
         """By the identity of their fault, which the network passes on."""
+        self._posts = 0
+        self._travelling: dict[tuple[str, str], list[tuple[float, bool]]] = {}
+        """Per direction between two hosts, when the messages on their way arrive, and whether X9 made one
+        late."""
 
     def calm(self) -> None:
         """All faults stop."""
@@ -77,27 +84,42 @@ class Storm(Weather, Links):
             self._cover.end(spell)
 
     def under_way(
-        self, transfers: Iterable[tuple[str, str, Fault, list[int]]], leased: Callable[[str, list[int]], bool]
+        self,
+        transfers: Iterable[tuple[str, str, Fault, list[int]]],
+        leased: Callable[[str, list[int]], bool],
+        has_written: Callable[[Fault], bool],
     ) -> None:
         """Follows faults of transfers from their post to their end.
 
         Args:
             transfers: (reader, source, fault, addresses that are read) of those that have not ended.
             leased: whether a host still has leases on what lies at these addresses.
+            has_written: whether the transfer with this fault has ended well.
         """
         self.posted = False
         left: dict[int, _Hit] = {}
         for reader, source, fault, addresses in transfers:
             hosts = (self.host_of(reader), self.host_of(source))
-            hit = left[id(fault)] = self._transfers.pop(id(fault), None) or _Hit(fault, set())
+            known = self._transfers.pop(id(fault), None)
+            hit = left[id(fault)] = known or _Hit(fault, set(), hosts, self._posts)
             if "X20" not in hit.spells and not leased(hosts[1], addresses):
                 hit.of.add("X20")
-            for name in sorted(hit.of.difference(hit.spells)):
+            for name in sorted(hit.of.difference(hit.spells, ("X21",))):
                 hit.spells[name] = self._cover.begin(name, hosts)
+        self._overtaken(left, [hit for hit in self._transfers.values() if has_written(hit.fault)])
         for hit in self._transfers.values():
             for spell in hit.spells.values():
                 self._cover.end(spell)
         self._transfers = left
+
+    def _overtaken(self, left: dict[int, _Hit], ended: list[_Hit]) -> None:
+        """X21 meets somebody where a transfer has ended before one of the same host that began earlier."""
+        for hit in left.values():
+            late = "X21" in hit.of and "X21" not in hit.spells and not hit.fault.never_ends
+            if late and any(
+                other.begun > hit.begun and not set(other.hosts).isdisjoint(hit.hosts) for other in ended
+            ):
+                hit.spells["X21"] = self._cover.begin("X21", hit.hosts)
 
     def host_of(self, agent: str) -> str:
         """The host of a NIXL agent."""
@@ -179,8 +201,8 @@ class Storm(Weather, Links):
             )
         return HttpFate(late_s=late)
 
-    def step_fate(self, host: str) -> StepFate:
-        """What becomes of a host's next step."""
+    def step_fate(self, host: str, samplers: Callable[[], list[tuple[str, int]]]) -> StepFate:
+        """What becomes of a host's next step. Args: samplers: (request, index) of its rows that sample."""
         if self.hits("X26", host):
             self.failed_steps.add(host)
             return StepFate(error="RESOURCE_EXHAUSTED: out of memory")
@@ -192,9 +214,12 @@ class Storm(Weather, Links):
                 return StepFate(moves=True)
             self.failed_steps.add(host)
             return StepFate(error="INTERNAL: the donated buffer is lost", moves=True)
-        if self.hits("X30", host):
+        if self.strikes("X30", host) and (whose := samplers()):
+            new = [place for place, whom in enumerate(whose) if self._cover.state(host, whom) == "prefilling"]
+            place = self._clockwork.chance.choice(new or range(len(whose)))
+            self._cover.strike_sequences("X30", host, whose[place : place + 1])
             self.not_finite.add(host)
-            return StepFate(not_finite=True)
+            return StepFate(not_finite=True, sampler=place)
         return StepFate()
 
     def judge(self, here: str, there: str, message: Message) -> Fate:
@@ -205,18 +230,37 @@ class Storm(Weather, Links):
             return Fate(delays=())
         if self.hits("X8", here, there):
             delay *= 100
-        if self.hits("X9", here, there):
-            delay += chance.expovariate(50.0)
         greeting = isinstance(message, Hello | Welcome)
         if (greeting or chance.random() < 0.2) and self.hits("X13", here, there):
             return Fate(delays=(), breaks=delay)
         if self.hits("X7", here, there):
             return Fate(delays=())
-        if isinstance(message, _VOUCHES) and self.hits("X22", here, there):
-            return Fate(delays=() if chance.random() < 0.5 else (delay, 2 * delay))
+        vouches = isinstance(message, _VOUCHES) and self.hits("X22", here, there)
+        if vouches and chance.random() < 0.5:
+            return Fate(delays=())
+        delay = self._on_its_way(here, there, delay)
+        if vouches:
+            return Fate(delays=(delay, 2 * delay))
         if self.hits("X10", here, there):
             return Fate(delays=(delay, delay + chance.expovariate(100.0)))
         return Fate(delays=(delay,))
+
+    def _on_its_way(self, here: str, there: str, delay: float) -> float:
+        """X9: a message overtakes those that are on their way, or is so late that others may overtake it. It
+        is counted where one does. Returns its delay."""
+        if "X9" not in self.rates:
+            return delay
+        now, chance = self._clockwork.now, self._clockwork.chance
+        ahead = [entry for entry in self._travelling.get((here, there), ()) if entry[0] > now]
+        struck = self.strikes("X9", here, there)
+        if struck and ahead:
+            delay = min(delay, (max(ahead)[0] - now) * chance.random())
+        elif struck:
+            delay += chance.expovariate(50.0)
+        if any(at > now + delay and (struck or late) for at, late in ahead):
+            self._cover.strike("X9", (here, there))
+        self._travelling[here, there] = [*ahead, (now + delay, struck)]
+        return delay
 
     def transfer(self, posted: Posted) -> Fault:
         """What becomes of a transfer; see `FakeNixlNetwork`."""
@@ -238,6 +282,7 @@ class Storm(Weather, Links):
             flips_bit="X17" in of,
             writes_nothing="X18" in of,
         )
-        self._transfers[id(fault)] = _Hit(fault, of)
+        self._posts += 1
+        self._transfers[id(fault)] = _Hit(fault, of, hosts, self._posts)
         self.posted = True
         return fault

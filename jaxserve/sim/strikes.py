@@ -11,12 +11,13 @@ from jaxserve.sim.clockwork import Clockwork
 from jaxserve.sim.cover import RARE, Cover, Spell
 from jaxserve.sim.engine import Node, SimEngine
 from jaxserve.sim.excuses import Excuses
-from jaxserve.sim.fake_nixl import FakeNixlNetwork
+from jaxserve.sim.fake_nixl import FakeNixlNetwork, LateWrite
 from jaxserve.sim.faults import STRIKES
-from jaxserve.sim.holders import rows_held
+from jaxserve.sim.holders import Whom, given_up, rows_copied, rows_hit
 from jaxserve.sim.http import ROUTER
 from jaxserve.sim.laws import Laws
 from jaxserve.sim.storm import Storm
+from scheduler.types import Plan
 
 Key = TypeVar("Key")
 
@@ -24,6 +25,8 @@ LATE = frozenset(("X4", "X40", "X43"))
 """Faults after which what an engine does comes late."""
 STORM = 8
 """Times that a client repeats its request at once."""
+WAITS = 0.5
+"""Of the failures of a tokenizer, those that wait for the text of a fetched request."""
 RESTART_S = 20.0
 """An engine that has ended begins its next life within so long."""
 
@@ -61,6 +64,10 @@ class Strikes:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._clockwork, self._storm, self._cover = cluster.clockwork, cluster.storm, cluster.cover
+        self._armed: set[str] = set()
+        """Epochs of engines whose tokenizer will fail at the text of a fetched request."""
+        self._flips: set[tuple[str, int, int, int, Whom]] = set()
+        """(epoch, leaf, rank, row) of bits that have flipped, and whom it met."""
 
     def maybe(self) -> None:
         """One fault, or none; more often where a request is in a rare state."""
@@ -68,7 +75,9 @@ class Strikes:
         draw = clockwork.chance.random()
         for fault, rate in self._storm.rates.items():
             if fault in STRIKES:
-                if self._storm.rare:
+                if fault == "X19" and not self._late_writes():
+                    continue
+                if self._storm.rare or (fault == "X27" and self._copied()):
                     rate *= STRIKES[fault].boost
                 if draw < rate:
                     clockwork.note(f"fault {fault}")
@@ -116,7 +125,8 @@ class Strikes:
             if engine.paused:
                 engine.resume()
 
-        self._later(self._duration(0.01, 60.0), resume)
+        longest = 600.0 if self._clockwork.chance.random() < 0.2 else 60.0
+        self._later(self._duration(0.01, longest), resume)
 
     def slow(self) -> None:
         """X4."""
@@ -185,40 +195,89 @@ class Strikes:
     # What an engine keeps.
 
     def write_late(self) -> None:
-        """X19."""
-        agents = [(reader, source) for reader, source, *_ in self._cluster.nixl.under_way()]
-        if self._cluster.nixl.deliver_late():
-            self._cover.strike("X19", [self._storm.host_of(agent) for pair in agents for agent in pair])
+        """X19: one of the transfers that were given up; rather where a request is in a rare state."""
+        found, chance = self._late_writes(), self._clockwork.chance
+        rare = [late for late in found if not self._storm.rare.isdisjoint(self._ends(late))]
+        if rare or chance.random() < 0.2:
+            late = chance.choice(rare or found)
+            late.deliver()
+            self._cover.strike("X19", self._ends(late))
+
+    def _late_writes(self) -> list[LateWrite]:
+        alive = [engine for engine in self._cluster.engines.values() if engine.alive]
+        return self._cluster.nixl.outlasting(handle for engine in alive for handle in given_up(engine))
+
+    def _ends(self, late: LateWrite) -> tuple[str, str]:
+        return self._storm.host_of(late.reader), self._storm.host_of(late.source)
 
     def flip_bit(self) -> None:
-        """X27."""
-        engine, chance = self._some_engine(_checked), self._clockwork.chance
-        if engine is None:
+        """X27: in a page that is about to be loaded, or that a lookup would find; seldom in another."""
+        chance, copied = self._clockwork.chance, self._copied()
+        if copied and chance.random() < 0.7:
+            engine, index, rank = chance.choice(copied)
+            rows = rows_copied(engine, index, rank)
+        else:
+            engine = self._some_engine(_checked)
+            if engine is None:
+                return
+            index = chance.choice(_checked(engine))
+            rank = chance.randrange(len(engine.hosts[index]))
+            rows = rows_hit(engine, index)
+        place = (engine.epoch, index, rank)
+        rows = {
+            row: whose
+            for row, whose in sorted(rows.items())
+            if not any((*place, row, whom) in self._flips for whom in whose)
+        }
+        if not rows and chance.random() < 0.997:
             return
-        index = chance.choice(_checked(engine))
-        rank = chance.randrange(len(engine.hosts[index]))
         memory = engine.hosts[index][rank].memory
-        row, held = chance.randrange(len(memory)), rows_held(engine, index)
-        if held and chance.random() < 0.9:
-            rare = [each for each in sorted(held) if any(map(self._rare, held[each]))]
-            row = chance.choice(rare or sorted(held))
+        rare = [
+            row
+            for row, whose in rows.items()
+            if any(self._rare((engine.host, request_id)) for request_id, _ in whose)
+        ]
+        row = chance.choice(rare or list(rows) or range(len(memory)))
         memory[row, chance.randrange(memory.shape[1])] ^= 1 << chance.randrange(8)
-        self._cluster.laws.flipped.add((engine.epoch, index, rank, row))
-        self._cover.strike_request("X27", held.get(row, ()))
+        self._cluster.laws.flipped.add((*place, row))
+        self._flips |= {(*place, row, whom) for whom in rows.get(row, ())}
+        self._cover.strike_sequences("X27", engine.host, rows.get(row, ()))
+
+    def _copied(self) -> list[tuple[SimEngine, int, int]]:
+        """(engine, leaf, rank) of host tiers from which a load is about to copy."""
+        return [
+            (engine, index, rank)
+            for engine in self._cluster.engines.values()
+            if engine.alive and not engine.paused
+            for index in _checked(engine)
+            for rank in range(len(engine.hosts[index]))
+            if rows_copied(engine, index, rank)
+        ]
 
     def break_tokenizer(self) -> None:
-        """X42."""
+        """X42: soon, or where the text of a request begins whose pages were fetched."""
         engine = self._some_engine()
-        if engine is not None:
+        if engine is not None and self._clockwork.chance.random() < WAITS:
+            self._armed.add(engine.epoch)
+        elif engine is not None:
             calls = self._clockwork.chance.randint(1, 16)  # a new text takes up to four, a token one
             self._cluster.excuses.break_tokenizer(engine, calls)
+
+    def decided(self, engine: SimEngine, plan: Plan) -> None:
+        """A step has been decided, and its sequences do not have their slots yet."""
+        new = next((entry for entry in plan.admitted if not entry.resumed), None)
+        if new is None or engine.epoch not in self._armed or not self._storm.rates:
+            return
+        if self._cover.state(engine.host, (new.request_id, new.index)) == "fetched":
+            self._armed.discard(engine.epoch)
+            self._cluster.excuses.break_tokenizer(engine, 1)
 
     def forget(self) -> None:
         """X46."""
         engine = self._some_engine()
         if engine is not None and engine.draining_until is None:
             self._cover.strike("X46", (engine.host,))
-            external = self._clockwork.chance.random() < 0.5
+            external = self._clockwork.chance.random() < 0.25
             engine.core.inbox.reset_prefix_cache(lambda: None, external=external)
             engine.wake()
 

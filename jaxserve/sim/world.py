@@ -21,6 +21,7 @@ from jaxserve.sim.engine import SimEngine, Surroundings
 from jaxserve.sim.excuses import Excuses
 from jaxserve.sim.fake_nixl import FakeNixlNetwork
 from jaxserve.sim.health import Health
+from jaxserve.sim.holders import samplers
 from jaxserve.sim.laws import Laws, Names, no_leak
 from jaxserve.sim.loads import Loads
 from jaxserve.sim.recount import Recount
@@ -147,7 +148,7 @@ class World:
             num_pages=node.scheduler.num_pages,
             page_size=node.scheduler.page_size,
             fill=chance.randbytes,
-            fate=lambda: self.storm.step_fate(name),
+            fate=lambda: self.storm.step_fate(name, lambda: samplers(self.engines[name])),
         )
         epoch = f"{chance.getrandbits(128):032x}"
         self.storm.begins(name, epoch)
@@ -205,6 +206,7 @@ class World:
         except AssertionError as error:
             raise Broken("I11", f"{host}: {error or 'the recount says otherwise'}") from error
         self.laws.step(engine, inputs, plan)
+        self._strikes.decided(engine, plan)
         self._follow_transfers()
         if self.cover.turned(engine):
             storm.rare.add(host)
@@ -215,7 +217,7 @@ class World:
             self.cover.meet(self._full[host], host)
 
     def _follow_transfers(self) -> None:
-        self.storm.under_way(self.nixl.under_way(), self._leased)
+        self.storm.under_way(self.nixl.under_way(), self._leased, self.nixl.has_written)
 
     def _leased(self, host: str, addresses: list[int]) -> bool:
         """Whether all pages at these addresses are leased."""

@@ -54,3 +54,16 @@ def test_rare_states_are_told(monkeypatch: pytest.MonkeyPatch):
     cluster = _Cluster(monkeypatch, "d")
     assert not cluster.turn("d", "waiting", "decoding")
     assert cluster.turn("d", "waiting", "fetched")
+
+
+def test_a_fault_of_one_sequence_meets_that_one_and_never_in_a_state_in_which_it_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cluster = _Cluster(monkeypatch, "d")
+    cluster.turn("d", "decoding", "prefilling", "waiting")
+    assert cluster.cover.state("d", ("request-1", 0)) == "prefilling"
+    assert cluster.cover.state("d", ("request-1", 1)) is None
+    cluster.cover.strike_sequences("X30", "d", [("request-1", 0), ("request-2", 0)])
+    cluster.cover.strike_sequences("X30", "d", [])
+    assert cluster.cover.met == {("X30", "prefilling"): 1}
+    assert not cluster.cover.history.of_host(("X30",), "p", 0.0)
