@@ -309,8 +309,8 @@ class Clients:
             clockwork.after(TRAVEL_S, f"{host} does not listen", lambda: hear(None))
             return None
         try:
-            wish, prepared = wish_of(body), self._server(engine).read(body)
-            (request,) = prepared.requests
+            prepared = self._server(engine).read(body)
+            wish, (request,) = wish_of(body), prepared.requests
             if request.priority != wish.priority:  # all else shows in pages and answers
                 raise Broken("I22", f"{host}: priority {wish.priority} was asked for, not {request.priority}")
             if request_id is not None:
