@@ -1,7 +1,8 @@
 """Run the suite on the other interpreters: each found one gets its own environment and the newest JAX.
 
 Needs the standard library only. `python scripts/matrix.py -- PYTEST ARGUMENTS` exits 0 only if every
-interpreter that was found also ran and passed. Not finding one is said, and is no failure.
+interpreter that was found also ran and passed. Not finding one is said, and is no failure. Two run side by
+side, since most of a suite keeps one core busy; every line says which of them has written it.
 """
 
 import os
@@ -9,8 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +40,11 @@ CASES = (
     Case(version="3.13", venv=".venv313"),
     Case(version="3.12", venv=".venv312-jax0112", pins=("jax==0.11.2", "jaxlib==0.11.2")),
 )
+
+
+AT_ONCE = 2
+INSTALLING = threading.Lock()
+"""Held while an environment is made: installing writes beside the sources, which all of them share."""
 
 
 def candidates(version: str, env: Mapping[str, str]) -> list[str]:
@@ -83,6 +91,17 @@ def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else -1 for part in name.split("."))
 
 
+def execute(case: Case, command: Sequence[str]) -> int:
+    """Runs a command at the root, each line of its output behind the case's name; returns its exit status."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            print(f"[{case.venv}] {line}", end="", flush=True)
+    return running.returncode
+
+
 def prepare(case: Case, python: str) -> int:
     """Make or renew the case's environment; 0 if it is ready. Renewed only when pyproject.toml changed."""
     venv, pyproject = ROOT / case.venv, ROOT / "pyproject.toml"
@@ -90,7 +109,7 @@ def prepare(case: Case, python: str) -> int:
     if done.exists() and done.stat().st_mtime >= pyproject.stat().st_mtime:
         return 0
     if not (venv / "bin" / "python").exists():
-        made = subprocess.run([python, "-m", "venv", str(venv)], check=False).returncode
+        made = execute(case, [python, "-m", "venv", str(venv)])
         if made:
             return made
     # eager: an environment that is made anew over an old one must get the newest JAX.
@@ -102,7 +121,7 @@ def prepare(case: Case, python: str) -> int:
         *shlex.split(os.environ.get("PIP_ARGS", "")),
     ]
     install += ["--upgrade", "--upgrade-strategy", "eager", "--editable", ".[test]", *case.pins]
-    installed = subprocess.run(install, cwd=ROOT, check=False).returncode
+    installed = execute(case, install)
     if not installed:
         done.touch()
     return installed
@@ -119,15 +138,15 @@ def versions(case: Case) -> str:
 def run(case: Case, python: str, tests: Sequence[str]) -> tuple[int, str]:
     """Prepare one environment and run the tests in it: (exit status, a line about it)."""
     began = time.monotonic()
-    print(f"\n=== matrix: Python {case.version} {' '.join(case.pins)} ({python})", flush=True)
-    status = prepare(case, python)
+    print(f"=== matrix: Python {case.version} {' '.join(case.pins)} ({python})", flush=True)
+    with INSTALLING:
+        status = prepare(case, python)
     ready = time.monotonic()
     if status:
         return status, f"{case.venv}: environment could not be made"
     about = versions(case)
     print(f"=== matrix: {about}; environment {ready - began:.0f} s", flush=True)
-    command = [str(ROOT / case.venv / "bin" / "python"), "-m", "pytest", *tests]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    status = execute(case, [str(ROOT / case.venv / "bin" / "python"), "-m", "pytest", *tests])
     verdict = "passed" if status == 0 else f"FAILED (exit {status})"
     return (
         status,
@@ -144,16 +163,18 @@ def main(arguments: Sequence[str]) -> int:
     named = [
         v for v, path in pythons.items() if path is None and os.environ.get("PYTHON" + v.replace(".", ""))
     ]
-    results = [(case, *run(case, path, tests)) for case in CASES if (path := pythons[case.version])]
+    found = [(case, path) for case in CASES if (path := pythons[case.version])]
+    with ThreadPoolExecutor(AT_ONCE) as at_once:
+        results = list(at_once.map(lambda each: run(*each, tests), found))
     print("\n=== matrix: summary")
-    for _, _, line in results:
+    for _, line in results:
         print(f"  {line}")
     for version, path in pythons.items():
         if path is None:
             print(f"  Python {version}: not found ($PYTHON{version.replace('.', '')}, PATH, pyenv)")
     for version in named:
         print(f"  error: $PYTHON{version.replace('.', '')} is not a Python {version}")
-    return 1 if named or any(status for _, status, _ in results) else 0
+    return 1 if named or any(status for status, _ in results) else 0
 
 
 if __name__ == "__main__":
