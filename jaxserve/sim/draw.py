@@ -49,7 +49,7 @@ def draw(clockwork: Clockwork) -> Setup:
     max_model_len = 48 if kind == "thrashing" else chance.choice((48, 64, 96))
     tiny = kind == "thrashing" or chance.random() < {"plain": 0.4}.get(kind, 0.1)
     one_name = chance.random() < 0.3
-    digest_host = chance.random() < 0.7
+    digest_host = chance.random() < 0.8
     prefill = tuple(f"p{number}" for number in range(chance.choice((1, 1, 2))))
     decode = tuple(f"d{number}" for number in range(chance.choice((1, 1, 2))))
     if kind == "mesh" or (kind == "thrashing" and chance.random() < 0.6):
@@ -185,7 +185,7 @@ def _transfer(
         transfer_timeout_s=float(timing["transfer_timeout_s"]),
         digest=bool(timing["digest"]),
     )
-    if kind != "crowded" and chance.random() < 0.4:
+    if kind != "crowded" and chance.random() < (0.2 if kind == "thrashing" else 0.4):
         return nixl, False
     children = (nixl, host) if chance.random() < 0.6 else (host, nixl)
     multi = ConnectorConfig(

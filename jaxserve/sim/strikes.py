@@ -198,7 +198,7 @@ class Strikes:
         """X19: one of the transfers that were given up; rather where a request is in a rare state."""
         found, chance = self._late_writes(), self._clockwork.chance
         rare = [late for late in found if not self._storm.rare.isdisjoint(self._ends(late))]
-        if rare or chance.random() < 0.2:
+        if rare or chance.random() < 0.12:
             late = chance.choice(rare or found)
             late.deliver()
             self._cover.strike("X19", self._ends(late))
@@ -277,7 +277,7 @@ class Strikes:
         engine = self._some_engine()
         if engine is not None and engine.draining_until is None:
             self._cover.strike("X46", (engine.host,))
-            external = self._clockwork.chance.random() < 0.25
+            external = self._clockwork.chance.random() < 0.15
             engine.core.inbox.reset_prefix_cache(lambda: None, external=external)
             engine.wake()
 

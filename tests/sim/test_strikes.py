@@ -66,7 +66,7 @@ def test_bits_flip_in_pages_that_are_loaded(monkeypatch: pytest.MonkeyPatch):
         return events
 
     monkeypatch.setattr(HostDriver, "poll", polled)
-    for seed in range(12):
+    for seed in range(8):
         world = World(seed, _under(X27=0.1))
         ran = world.run(600)
         found["flipped"] += len(world.laws.flipped)
