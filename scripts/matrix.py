@@ -165,7 +165,7 @@ def main(arguments: Sequence[str]) -> int:
     ]
     found = [(case, path) for case in CASES if (path := pythons[case.version])]
     with ThreadPoolExecutor(AT_ONCE) as at_once:
-        results = list(at_once.map(lambda each: run(*each, tests), found))
+        results = list(at_once.map(lambda each: run(each[0], each[1], tests), found))
     print("\n=== matrix: summary")
     for _, line in results:
         print(f"  {line}")
