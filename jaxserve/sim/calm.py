@@ -5,7 +5,7 @@ are configured, and what is still to come of the faults (a step that takes a min
 to end half a minute ago). It is the sum of what can come one after the other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from jaxserve.sim.asks import Ask
 from jaxserve.sim.engine import Node, SimEngine
@@ -24,9 +24,9 @@ POLL_S = 3.0
 
 
 def bound_s(
-    nodes: Iterable[Node],
+    nodes: Collection[Node],
     engines: Iterable[SimEngine],
-    asks: Iterable[Ask],
+    asks: Collection[Ask],
     *,
     pace: float,
     coming_s: float,
@@ -49,8 +49,11 @@ def bound_s(
         for ask in asks
     )
     ends_s = max(drains, default=-RESTART_S) + RESTART_S
+    # A decode engine with another key refuses what is leased to it: each such lease lasts to its end.
+    refused = len({node.key for node in nodes}) > 1
+    unread_s = lease_s * len(asks) * refused
     loads_s = 2 * (deadline_s + CALL_S + POLL_S) + AGENTS_AGAIN_S
     # A router is patient by then: what it has asked comes as soon as its links are mended.
     links_s = AGAIN_MOST_S + ACCEPT_S
     hangs_s = hanging * (QUARANTINE_S + POLL_S)
-    return AGAIN * (coming_s + ends_s + loads_s + lease_s + 2 * pace * work_s + links_s + hangs_s)
+    return AGAIN * (coming_s + ends_s + loads_s + lease_s + unread_s + 2 * pace * work_s + links_s + hangs_s)

@@ -61,11 +61,14 @@ class Reason:
 
 
 _LOST = ("X7", "X11")
-_SLOW = ("X3", "X12", "X40", "X43")
+_LATE = ("X8", "X9")
+_SLOW = ("X3", "X4", "X12", "X40", "X43")
+_BUSY = (*_SLOW, "X37")
+"""Deadlines are of a second in some worlds: a queue that repeats have filled then takes all of it."""
 _BROKE = Reason(says="the connection broke", link=("X13",))
 _NOBODY = Reason(says="nobody listens", peer=DEATHS)
 _NO_FILES = Reason(says="no connection can be opened", own=("X45",))
-_SILENT = Reason(says="no answer in time", link=_LOST, own=_SLOW, peer=(*DEATHS, *_SLOW))
+_SILENT = Reason(says="no answer in time", link=(*_LOST, *_LATE), own=_BUSY, peer=(*DEATHS, *_BUSY))
 _CALLS = (_BROKE, _NOBODY, _NO_FILES, _SILENT)
 _TRANSFERS = ("X14", "X15", "X16", "X17", "X18")
 
@@ -80,15 +83,15 @@ REASONS = (
     *(_prefixed("the peer did not confirm: ", reason, "X22") for reason in _CALLS),
     Reason(
         says="the peer does not answer heartbeats",
-        link=(*_LOST, "X13"),
-        own=("X45", *_SLOW),
-        peer=(*DEATHS, *_SLOW),
+        link=(*_LOST, *_LATE, "X13"),
+        own=("X45", *_BUSY),
+        peer=(*DEATHS, *_BUSY),
     ),
     Reason(
         says="no end within ",
-        link=(*_LOST, *_TRANSFERS, "X13", "X22"),
-        own=("X38", "X45", *_SLOW),
-        peer=(*DEATHS, *_SLOW),
+        link=(*_LOST, *_LATE, *_TRANSFERS, "X13", "X22"),
+        own=("X38", "X45", *_BUSY),
+        peer=(*DEATHS, *_BUSY),
     ),
     Reason(says="handshake refused (lease): ", peer=("X45",)),
     Reason(says="NIXL could not make an agent", own=("X45",)),
