@@ -197,7 +197,7 @@ MOVES = (
         comes_from="LMCache 3381",
         failure="F34",
         what="a host page whose load fails is unpinned twice",
-        laws=("I1-I3",),
+        laws=("I1-I3", "I17"),
         swaps=(Swap(where=HostTierConnector, name="load_ended", wrong=_unpins_twice),),
     ),
     Planted(

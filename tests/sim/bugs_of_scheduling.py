@@ -268,7 +268,7 @@ SCHEDULING = (
         comes_from="Mooncake 850",
         failure="F37",
         what="leased pages are not held: a slow reader reads what has taken their place",
-        laws=("I7", "I9", "I10", "I14"),
+        laws=("I7", "I9", "I10", "I14", "I17"),
         swaps=(Swap(where=scheduler.leases, name="held", wrong=_leases_nothing),),
     ),
     Planted(
