@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 PIP_ARGS ?=
 SEEDS ?= 1000
 # How often every fault must meet requests in every state, in `make simulate`.
-LEAST ?= 100
+LEAST ?= 50
 # Which part of the suite `make test-matrix` runs: arguments for pytest.
 MATRIX_TESTS ?= -m "not slow"
 
