@@ -1,21 +1,12 @@
 """Routers that are wrong in one thing, each of which a law of `jaxserve.sim.router_laws` must find."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxserve.router.exchange import Patience
 from jaxserve.router.fleet import Fleet
 from jaxserve.router.route import Answered, PassRefusal, Route
-from tests.sim.planting import Swap
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mutant:
-    """A wrong router. Attributes: law: that it breaks first."""
-
-    name: str
-    law: str
-    swap: Swap
+from tests.sim.planting import Mutant, Swap
 
 
 def _never_again(right: Any) -> Any:
@@ -83,28 +74,34 @@ def _passes_every_refusal(right: Any) -> Any:
 
 
 ROUTING = (
-    Mutant(name="never retries", law="R1", swap=Swap(where=Route, name="_again", wrong=_never_again)),
+    Mutant(name="never retries", laws=("R1",), swap=Swap(where=Route, name="_again", wrong=_never_again)),
     Mutant(
-        name="gives up without a probe", law="R1", swap=Swap(where=Route, name="_again", wrong=_without_probe)
+        name="gives up without a probe",
+        laws=("R1",),
+        swap=Swap(where=Route, name="_again", wrong=_without_probe),
     ),
-    Mutant(name="suspects nobody", law="R2", swap=Swap(where=Fleet, name="suspect", wrong=_suspects_nobody)),
+    Mutant(
+        name="suspects nobody", laws=("R2",), swap=Swap(where=Fleet, name="suspect", wrong=_suspects_nobody)
+    ),
     Mutant(
         name="waits for the silent",
-        law="R3",
+        laws=("R3",),
         swap=Swap(where=Fleet, name="probe_missed", wrong=_never_silent),
     ),
-    Mutant(name="impatient", law="R3", swap=Swap(where=Patience, name="ends", wrong=_impatient)),
+    Mutant(name="impatient", laws=("R3",), swap=Swap(where=Patience, name="ends", wrong=_impatient)),
     Mutant(
         name="mixes up parameters",
-        law="R4",
+        laws=("R4",),
         swap=Swap(where=Route, name="_asked_prefill", wrong=_mixes_parameters),
     ),
     Mutant(
         name="passes every refusal on",
-        law="R4",
+        laws=("R4",),
         swap=Swap(where=Route, name="_asked_prefill", wrong=_passes_every_refusal),
     ),
     Mutant(
-        name="asks again and again", law="R5", swap=Swap(where=Route, name="_retry", wrong=_again_and_again)
+        name="asks again and again",
+        laws=("R5",),
+        swap=Swap(where=Route, name="_retry", wrong=_again_and_again),
     ),
 )

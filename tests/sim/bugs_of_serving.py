@@ -2,23 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxserve.api import completions, replies
 from jaxserve.api.replies import ChunkWriter, Tally
 from jaxserve.server.prepare import Preparer
 from jaxserve.sim import router
-from tests.sim.planting import Swap, Wrong
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mutant:
-    """A server or a router that is wrong in one thing. Attributes: laws: any of which it may break first."""
-
-    name: str
-    laws: tuple[str, ...]
-    swap: Swap
+from tests.sim.planting import Mutant, Swap, Wrong
 
 
 def _drops_last_token(right: Any) -> Any:

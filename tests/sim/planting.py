@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+from jaxserve.sim.draw import draw
+from jaxserve.sim.world import Failed, World
+
 Wrong = Callable[[Any], Callable[..., Any]]
 """Makes the wrong version of a function out of the right one."""
 
@@ -17,6 +20,31 @@ class Swap:
     where: Any
     name: str
     wrong: Wrong
+
+    @contextmanager
+    def swapped(self) -> Generator[None]:
+        """The wrong version is in the code."""
+        with patch.object(self.where, self.name, self.wrong(getattr(self.where, self.name))):
+            yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """A server or a router that is wrong in one thing. Attributes: laws: any of which it may break first."""
+
+    name: str
+    laws: tuple[str, ...]
+    swap: Swap
+
+    def first(self, seeds: int, events: int) -> Failed | None:
+        """The first of so many runs that breaks a law with it; None: there is none."""
+        for seed in range(seeds):
+            with self.swap.swapped():
+                try:
+                    World(seed, draw).run(events)
+                except Failed as failed:
+                    return failed
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +70,5 @@ class Planted:
         """The bug is in the code."""
         with ExitStack() as stack:
             for swap in self.swaps:
-                wrong = swap.wrong(getattr(swap.where, swap.name))
-                stack.enter_context(patch.object(swap.where, swap.name, wrong))
+                stack.enter_context(swap.swapped())
             yield

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -14,32 +13,19 @@ from jaxserve.router.calls import decode_body, prefill_body, read_call
 from jaxserve.server.answers import LAST_EVENT, event
 from jaxserve.sim.answers import check_answer
 from jaxserve.sim.broken import Broken
-from jaxserve.sim.draw import draw
 from jaxserve.sim.expect import Expected, Wish
 from jaxserve.sim.hash_model import END
 from jaxserve.sim.server import Reply, body_of, wish_of
-from jaxserve.sim.world import Failed, World
 from scheduler.types import FinishReason, SamplingParams
-from tests.sim.bugs_of_serving import SERVING, Mutant
+from tests.sim.bugs_of_serving import SERVING
+from tests.sim.planting import Mutant
 
 SEEDS, EVENTS = 12, 500
 
 
-def first(mutant: Mutant) -> Failed | None:
-    """The first run that breaks a law with this server; None: there is none."""
-    swap = mutant.swap
-    for seed in range(SEEDS):
-        with patch.object(swap.where, swap.name, swap.wrong(getattr(swap.where, swap.name))):
-            try:
-                World(seed, draw).run(EVENTS)
-            except Failed as failed:
-                return failed
-    return None
-
-
 @pytest.mark.parametrize("mutant", [pytest.param(mutant, id=mutant.name) for mutant in SERVING])
 def test_a_server_that_reads_or_counts_wrongly_is_found(mutant: Mutant):
-    found = first(mutant)
+    found = mutant.first(SEEDS, EVENTS)
     assert found is not None, f"no law is broken in {SEEDS} worlds"
     assert found.law in mutant.laws, found
 
