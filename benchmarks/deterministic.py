@@ -78,10 +78,18 @@ def main() -> int:
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each mode (default %(default)s)")
+    parser.add_argument("--max-num-batched-tokens", type=int, metavar="N",
+        help="of the deterministic engine: the one shape that all its steps have")  # fmt: skip
     args = parser.parse_args()
     with (
         Engine(args.model, num_pages=PAGES, max_num_seqs=SEQS) as normal,
-        Engine(args.model, deterministic=True, num_pages=PAGES, max_num_seqs=SEQS) as deterministic,
+        Engine(
+            args.model,
+            deterministic=True,
+            num_pages=PAGES,
+            max_num_seqs=SEQS,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+        ) as deterministic,
     ):
         budgets = [engine.config.token_budget for engine in (normal, deterministic)]
         print(f"JAX {jax.__version__}, {os.cpu_count()} cores, steps of up to {budgets[0]} tokens; ", end="")
